@@ -1,0 +1,141 @@
+"""The contract every mode fulfils, and the table of modes.
+
+A backend turns plans into one kernel mechanism and reads that mechanism back. It never sees a Service, never computes a
+difference and keeps no desired state: `observe → plan.diff → compile → commit`, and the caller (agent, apply, tests,
+bench) holds the `State`. A fourth mode is one file with a `Backend` in it and one line in `MODES`.
+"""
+
+import importlib
+from collections.abc import Collection, Iterator
+from typing import NamedTuple, Protocol
+
+from msgspec import Struct
+
+from .drain import DrainKey
+from .errors import KernelError, UsageError
+from .model import Address, Network, RealServer, VirtualAddress, VirtualServer
+from .plan import Plan, State
+
+
+class Options(Struct, frozen=True):
+    """What the administrator sets for a mode; the same for all modes where they share the notion.
+
+    `cluster_cidrs`: pod ranges, clients outside them are masqueraded (kube-proxy's detect-local ClusterCIDR).
+    `vip_binding`: "device" (addresses on kube-ipvs0) or "routes" (local routes, for very many VIPs).
+    `timeouts`: IPVS tcp, tcp-fin, udp seconds, 0 = leave.
+    """
+
+    masquerade_all: bool = False
+    cluster_cidrs: tuple[Network, ...] = ()
+    vip_binding: str = "device"
+    strict_arp: bool = False
+    timeouts: tuple[int, int, int] = (0, 0, 0)
+
+
+class Transaction(Protocol):
+    """A printable commit. `str()` is the mode's own tools' language, ready to be read or piped into them."""
+
+    plan: Plan
+
+    def __str__(self) -> str: ...
+
+
+class Outcome(Struct, frozen=True):
+    """How a commit ended, per virtual address.
+
+    `failed`: refused, with the reason. `unsure`: the kernel held something else than we knew (EEXIST, ESRCH …), so look
+    again before anything is said. Everything else of the plan is committed.
+    """
+
+    failed: dict[VirtualAddress, KernelError] = {}
+    unsure: frozenset[VirtualAddress] = frozenset()
+
+
+class RealCounters(NamedTuple):
+    """The kernel's own numbers for one real server. `connections`: total scheduled to it; -1 = the mode cannot tell."""
+
+    active: int
+    inactive: int
+    connections: int
+    bytes_in: int = -1
+    bytes_out: int = -1
+
+
+class ServerReport(NamedTuple):
+    """One virtual server with live numbers, for people."""
+
+    server: VirtualServer
+    connections: int
+    reals: tuple[tuple[RealServer, RealCounters], ...]
+    ours: bool
+
+
+class Backend(Protocol):
+    """One mode. Every method may raise KernelError, Unanswered (unknown outcome: observe again) or NotRoot."""
+
+    mode: str
+    drains: bool
+    """Removed real servers need weight 0 and patience in this mode (elsewhere conntrack keeps connections alive)."""
+
+    def prepare(self) -> None:
+        """Make what the mode needs (modules, devices, tables, sysctls); writes nothing that is there already."""
+
+    def observe(self, only: Collection[VirtualAddress] | None = None) -> State:
+        """What the kernel holds of ours; with `only`, as far as those virtual addresses go. Never writes."""
+
+    def compile(self, plan: Plan) -> Transaction:
+        """The plan as a printable transaction."""
+
+    def commit(self, transaction: Transaction) -> Outcome:
+        """Do it, in an order in which every prefix is safe for traffic."""
+
+    def intact(self) -> bool:
+        """The fixed parts (tables, rules, devices) are as `prepare` left them. Cheap; never writes."""
+
+    def clocks(self) -> dict[DrainKey, float]:
+        """Seconds left of the drain clocks that the kernel keeps for us."""
+
+    def keep_clocks(self, add: dict[DrainKey, int], remove: Collection[DrainKey]) -> None:
+        """Have the kernel keep (or drop) drain clocks, in seconds, so that they survive this process."""
+
+    def open_connections(self, at: VirtualAddress) -> dict[tuple[Address, int], int]:
+        """Connections each real server of a virtual server still has."""
+
+    def report(self) -> Iterator[ServerReport]:
+        """Everything the mode's mechanism holds, also what is not ours, with counters."""
+
+    def monitors(self) -> tuple[int, ...]:
+        """Descriptors that become readable when somebody changes something near ours."""
+
+    def disturbed(self) -> bool:
+        """Read the monitors: True when somebody else touched what is ours, or events were lost."""
+
+    def remove(self) -> None:
+        """Take away everything of ours, also leftovers of an earlier agent; fine when there is nothing."""
+
+    def close(self) -> None:
+        """Give descriptors back; the kernel keeps what was programmed."""
+
+
+class Mode(NamedTuple):
+    """One line of the table: where a mode lives and what it is, in a sentence."""
+
+    module: str
+    about: str
+
+
+MODES: dict[str, Mode] = {
+    "ipvs": Mode("dataplane.netlink_ipvs", "IPVS virtual servers over generic netlink, VIPs on kube-ipvs0"),
+}
+PLANNED = ("nftables", "iptables")
+
+
+def open_backend(mode: str, options: Options | None = None) -> Backend:
+    """The backend of a mode, in the calling thread's network namespace."""
+    if mode not in MODES:
+        if mode in PLANNED:
+            raise UsageError(f"mode {mode} is not there yet in this version; modes: {', '.join(MODES)}")
+        raise UsageError(f"no mode {mode!r}; modes: {', '.join(MODES)}")
+    module = importlib.import_module(MODES[mode].module)
+    backend: Backend = module.open_backend(options or Options())
+    return backend

@@ -1,0 +1,81 @@
+"""Graceful removal: which real servers that are no longer wanted stay for a while, with weight 0.
+
+TCP and SCTP connections live on until they end or a deadline passes; UDP has no connections to end, so its real servers
+go at once. A real server that is wanted again while it drains is revived. Pure: the clock is given, and what starts to
+drain is told, so that the caller can keep the deadlines where they survive it (the guard table in the kernel).
+"""
+
+from typing import NamedTuple
+
+import msgspec
+
+from .model import Address, Protocol, RealServer, VirtualAddress, VirtualServer
+
+
+class DrainKey(NamedTuple):
+    """One real server of one virtual server."""
+
+    at: VirtualAddress
+    address: Address
+    port: int
+
+
+class Drains:
+    """The clocks of all draining real servers; deadlines in seconds of the caller's monotonic clock."""
+
+    def __init__(self) -> None:
+        self.deadlines: dict[DrainKey, float] = {}
+        self._finished: set[DrainKey] = set()
+
+    def retain(
+        self, at: VirtualAddress, wanted: VirtualServer | None, held: VirtualServer | None, seconds: int, now: float
+    ) -> VirtualServer | None:
+        """What the kernel shall hold at `at`: `wanted`, and weight 0 for what is held, not wanted, and may finish.
+
+        A virtual server that is not wanted at all stays as long as one of its real servers drains: its VIP stays bound
+        and open connections go on, new ones are refused.
+        """
+        wanted_keys = {(real.address, real.port) for real in wanted.real_servers} if wanted else set()
+        kept = []
+        for real in held.real_servers if held else ():
+            key = DrainKey(at, real.address, real.port)
+            if (real.address, real.port) in wanted_keys:
+                self.forget(key)
+            elif self._may_stay(key, seconds, now):
+                kept.append(msgspec.structs.replace(real, weight=0))
+        if not kept:
+            return wanted
+        base = wanted or held
+        assert base is not None
+        merged: list[RealServer] = sorted([*(wanted.real_servers if wanted else ()), *kept])
+        return msgspec.structs.replace(base, real_servers=tuple(merged))
+
+    def _may_stay(self, key: DrainKey, seconds: int, now: float) -> bool:
+        if key in self._finished or key.at.protocol == Protocol.UDP or seconds <= 0:
+            self.forget(key)
+            return False
+        if self.deadlines.setdefault(key, now + seconds) <= now:
+            self.forget(key)
+            return False
+        return True
+
+    def restore(self, key: DrainKey, seconds_left: float, now: float) -> None:
+        """Go on with a clock that an earlier agent started."""
+        self.deadlines[key] = now + seconds_left
+
+    def finish(self, key: DrainKey) -> None:
+        """Its last connection ended: the next `retain` lets it go."""
+        self._finished.add(key)
+
+    def forget(self, key: DrainKey) -> None:
+        """It is gone, or wanted again."""
+        self.deadlines.pop(key, None)
+        self._finished.discard(key)
+
+    def expired(self, now: float) -> list[DrainKey]:
+        """Those whose deadline has passed."""
+        return [key for key, deadline in self.deadlines.items() if deadline <= now]
+
+    def next_deadline(self) -> float | None:
+        """The earliest deadline, None when nothing drains."""
+        return min(self.deadlines.values(), default=None)

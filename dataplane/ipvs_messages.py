@@ -1,0 +1,423 @@
+"""The IPVS generic netlink family: its attributes, and every message we send or read (linux/ip_vs.h, ip_vs_ctl.c).
+
+Declarations first, in the header's order; then whole messages. A virtual server with all its real servers is one
+precompiled template per *shape* (family, scheduler, flags, weights …), so that encoding it is a single C call: full
+programming costs little more than sending bytes that lie ready.
+"""
+
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from .model import Address, Forwarding, RealServer, VirtualAddress, VirtualServer
+from .netlink_socket import GENL_HEADER, HEADER, NLM_F_REQUEST, genl_message
+from .nlattr import (
+    NlAttrs,
+    Part,
+    Slot,
+    attr,
+    be16,
+    compile_template,
+    cstring,
+    nest,
+    nested,
+    raw8,
+    raw16,
+    u16,
+    u32,
+    u64,
+    width_of,
+)
+
+FAMILY_NAME = "IPVS"
+GENL_VERSION = 1
+DATA = HEADER.size + GENL_HEADER.size  # where attributes start in a message
+
+# enum IPVS_CMD_*
+NEW_SERVICE, SET_SERVICE, DEL_SERVICE, GET_SERVICE = 1, 2, 3, 4
+NEW_DEST, SET_DEST, DEL_DEST, GET_DEST = 5, 6, 7, 8
+SET_CONFIG, GET_CONFIG = 12, 13
+GET_INFO, ZERO = 15, 16
+
+COMMAND_NAMES = {
+    NEW_SERVICE: "add virtual server",
+    SET_SERVICE: "change virtual server",
+    DEL_SERVICE: "remove virtual server",
+    NEW_DEST: "add real server",
+    SET_DEST: "change real server",
+    DEL_DEST: "remove real server",
+}
+
+SVC_F_PERSISTENT = 0x01
+SVC_F_HASHED = 0x02  # the kernel adds it to every server in its table
+FWD_MASK = 0x07
+ALL_FLAGS = 0xFFFF_FFFF
+
+
+class Stats64Attrs(NlAttrs):
+    """IPVS_STATS_ATTR_* in their 64-bit form."""
+
+    connections = attr(1, u64)
+    packets_in = attr(2, u64)
+    packets_out = attr(3, u64)
+    bytes_in = attr(4, u64)
+    bytes_out = attr(5, u64)
+    connections_per_second = attr(6, u64)
+    packets_in_per_second = attr(7, u64)
+    packets_out_per_second = attr(8, u64)
+    bytes_in_per_second = attr(9, u64)
+    bytes_out_per_second = attr(10, u64)
+
+
+class ServiceAttrs(NlAttrs):
+    """IPVS_SVC_ATTR_*."""
+
+    af = attr(1, u16)
+    protocol = attr(2, u16)
+    addr = attr(3, raw16)  # union nf_inet_addr: 16 bytes for either family
+    port = attr(4, be16)
+    fwmark = attr(5, u32)
+    sched_name = attr(6, cstring)
+    flags = attr(7, raw8)  # struct ip_vs_flags: u32 flags, u32 mask
+    timeout = attr(8, u32)  # persistence, seconds
+    netmask = attr(9, u32)  # IPv4: mask in network order; IPv6: prefix length in host order
+    pe_name = attr(11, cstring)
+    stats64 = attr(12, nested(Stats64Attrs))
+
+
+class DestAttrs(NlAttrs):
+    """IPVS_DEST_ATTR_*."""
+
+    addr = attr(1, raw16)
+    port = attr(2, be16)
+    fwd_method = attr(3, u32)
+    weight = attr(4, u32)
+    u_thresh = attr(5, u32)
+    l_thresh = attr(6, u32)
+    active_conns = attr(7, u32)
+    inact_conns = attr(8, u32)
+    persist_conns = attr(9, u32)
+    addr_family = attr(11, u16)
+    stats64 = attr(12, nested(Stats64Attrs))
+
+
+class CommandAttrs(NlAttrs):
+    """IPVS_CMD_ATTR_*."""
+
+    service = attr(1, nested(ServiceAttrs))
+    dest = attr(2, nested(DestAttrs))
+    timeout_tcp = attr(4, u32)
+    timeout_tcp_fin = attr(5, u32)
+    timeout_udp = attr(6, u32)
+
+
+class InfoAttrs(NlAttrs):
+    """IPVS_INFO_ATTR_*."""
+
+    version = attr(1, u32)  # KERNEL_VERSION(1, 2, 1)
+    conn_tab_size = attr(2, u32)
+
+
+class Timeouts(NamedTuple):
+    """Connection timeouts in seconds (`ipvsadm --set`); 0 in a request = leave as it is."""
+
+    tcp: int
+    tcp_fin: int
+    udp: int
+
+
+# ---------------------------------------------------------------------------------------------------- encoding
+
+
+class Shape(NamedTuple):
+    """What messages of one template have in common; everything but addresses and ports."""
+
+    family_id: int
+    address_width: int
+    protocol: int
+    scheduler: str
+    flags: int
+    persistence: int
+    netmask: int
+
+
+def shape_of(server: VirtualServer, family_id: int) -> Shape:
+    """The part of a virtual server that is folded into a template."""
+    at = server.at
+    width = len(at.address)
+    flags = server.flags | SVC_F_PERSISTENT if server.persistence else server.flags
+    return Shape(family_id, width, at.protocol, server.scheduler, flags, server.persistence, _netmask(width, server))
+
+
+def _netmask(width: int, server: VirtualServer) -> int:
+    """Persistence granularity as the kernel wants it; without persistence the whole address."""
+    prefix = server.persistence_prefix if server.persistence else 8 * width
+    if width == 16:
+        return prefix
+    mask: int = struct.unpack("=I", (0xFFFF_FFFF << (32 - prefix) & 0xFFFF_FFFF).to_bytes(4))[0]
+    return mask
+
+
+def _key_parts(shape: Shape) -> list[Part]:
+    """The attributes by which the kernel finds a virtual server."""
+    return ServiceAttrs.parts(
+        {
+            "af": 2 if shape.address_width == 4 else 10,
+            "protocol": shape.protocol,
+            "addr": Slot("vip", f"{shape.address_width}s"),
+            "port": Slot("vport", "H"),
+        }
+    )
+
+
+def _service_parts(shape: Shape) -> list[Part]:
+    flags = u32.encode(shape.flags) + u32.encode(ALL_FLAGS)
+    rest = {
+        "sched_name": shape.scheduler,
+        "flags": flags,
+        "timeout": shape.persistence,
+        "netmask": shape.netmask,
+    }
+    return _key_parts(shape) + ServiceAttrs.parts(rest)
+
+
+class _Dest(NamedTuple):
+    """What a template folds in of a real server."""
+
+    width: int
+    weight: int
+    forwarding: int = 0
+    upper: int = 0
+    lower: int = 0
+
+
+def _dest_parts(dest: _Dest, suffix: str) -> list[Part]:
+    return DestAttrs.parts(
+        {
+            "addr": Slot(f"rip{suffix}", f"{dest.width}s"),
+            "port": Slot(f"rport{suffix}", "H"),
+            "fwd_method": dest.forwarding,
+            "weight": dest.weight,
+            "u_thresh": dest.upper,
+            "l_thresh": dest.lower,
+            "addr_family": 2 if dest.width == 4 else 10,
+        }
+    )
+
+
+def _message_parts(family_id: int, command: int, attributes: list[Part]) -> list[Part]:
+    length = DATA + width_of(attributes)
+    head = HEADER.pack(length, family_id, NLM_F_REQUEST, 0, 0) + GENL_HEADER.pack(command, GENL_VERSION, 0)
+    return [head, *attributes]
+
+
+_SERVICE, _DEST = CommandAttrs.by_name["service"].number, CommandAttrs.by_name["dest"].number
+
+
+@lru_cache(maxsize=1024)
+def _service_template(shape: Shape, command: int, dests: tuple[_Dest, ...]) -> Callable[..., bytes]:
+    """One NEW/SET_SERVICE (or DEL_SERVICE) message and, behind it, one NEW_DEST for each of `dests`."""
+    key_only = command in (DEL_SERVICE, ZERO)
+    service = _key_parts(shape) if key_only else _service_parts(shape)
+    parts = _message_parts(shape.family_id, command, nest(_SERVICE, service))
+    names = ["vip", "vport"]
+    for index, dest in enumerate(dests):
+        inner = nest(_SERVICE, _key_parts(shape)) + nest(_DEST, _dest_parts(dest, str(index)))
+        parts += _message_parts(shape.family_id, NEW_DEST, inner)
+        names += [f"rip{index}", f"rport{index}"]
+    return compile_template(parts, names)
+
+
+@lru_cache(maxsize=1024)
+def _dest_template(shape: Shape, command: int, dest: _Dest) -> Callable[..., bytes]:
+    inner = nest(_SERVICE, _key_parts(shape)) + nest(_DEST, _dest_parts(dest, ""))
+    return compile_template(_message_parts(shape.family_id, command, inner), ["vip", "vport", "rip", "rport"])
+
+
+def _fold(real: RealServer) -> _Dest:
+    return _Dest(len(real.address), real.weight, real.forwarding, real.upper_threshold, real.lower_threshold)
+
+
+TOGETHER = 8
+"""Real servers encoded in one call with their virtual server; more of them go one by one (templates stay few)."""
+
+
+class Encoder:
+    """Messages for one kernel: knows the number that kernel gave to the IPVS family."""
+
+    def __init__(self, family_id: int) -> None:
+        self.family_id = family_id
+        self._new: dict[tuple[object, ...], Callable[..., bytes]] = {}
+
+    def new_server(self, server: VirtualServer) -> bytes:
+        """NEW_SERVICE and a NEW_DEST for each real server, in one piece of bytes."""
+        at, reals = server.at, server.real_servers
+        # everything the template folds in, as one cheap dictionary key; built from scratch only once per shape
+        key = (
+            at.protocol,
+            len(at.address),
+            server.scheduler,
+            server.flags,
+            server.persistence,
+            server.persistence_prefix,
+            *[(r.weight, r.forwarding, r.upper_threshold, r.lower_threshold, len(r.address)) for r in reals],
+        )
+        template = self._new.get(key)
+        if template is None:
+            if len(reals) > TOGETHER:
+                return self.server(NEW_SERVICE, server) + b"".join(self.real(NEW_DEST, server, r) for r in reals)
+            template = _service_template(shape_of(server, self.family_id), NEW_SERVICE, tuple(map(_fold, reals)))
+            if len(self._new) < 1024:
+                self._new[key] = template
+        arguments: list[Any] = [at.address, at.port]
+        for real in reals:
+            arguments += (real.address, real.port)
+        return template(*arguments)
+
+    def server(self, command: int, server: VirtualServer) -> bytes:
+        """One NEW_, SET_ or DEL_SERVICE message."""
+        template = _service_template(shape_of(server, self.family_id), command, ())
+        return template(server.at.address, server.at.port)
+
+    def real(self, command: int, server: VirtualServer, real: RealServer) -> bytes:
+        """One NEW_, SET_ or DEL_DEST message."""
+        template = _dest_template(shape_of(server, self.family_id), command, _fold(real))
+        return template(server.at.address, server.at.port, real.address, real.port)
+
+    def get_servers(self) -> bytes:
+        """Dump request for all virtual servers."""
+        return genl_message(self.family_id, GET_SERVICE, 0)
+
+    def get_reals(self, at: VirtualAddress) -> bytes:
+        """Dump request for the real servers of one virtual server."""
+        template = _dump_template(self.family_id, len(at.address), at.protocol)
+        return template(at.address, at.port)
+
+    def command(self, command: int, **attributes: object) -> bytes:
+        """A message with command attributes of its own (SET_CONFIG) or none (GET_INFO)."""
+        return genl_message(self.family_id, command, 0, CommandAttrs.encode(**attributes))
+
+
+@lru_cache(maxsize=64)
+def _dump_template(family_id: int, width: int, protocol: int) -> Callable[..., bytes]:
+    shape = Shape(family_id, width, protocol, "", 0, 0, 0)
+    parts = _message_parts(family_id, GET_DEST, nest(_SERVICE, _key_parts(shape)))
+    return compile_template(parts, ["vip", "vport"])
+
+
+# ---------------------------------------------------------------------------------------------------- decoding
+
+
+class Traffic(NamedTuple):
+    """IPVS statistics of a virtual or real server (IPVS_STATS_ATTR_*); rates are per second."""
+
+    connections: int = 0
+    packets_in: int = 0
+    packets_out: int = 0
+    bytes_in: int = 0
+    bytes_out: int = 0
+    connections_per_second: int = 0
+    packets_in_per_second: int = 0
+    packets_out_per_second: int = 0
+    bytes_in_per_second: int = 0
+    bytes_out_per_second: int = 0
+
+
+class ServerEntry(NamedTuple):
+    """A virtual server as the kernel reports it. `server` is None for one by firewall mark (never ours)."""
+
+    server: VirtualServer | None
+    fwmark: int
+    family: int
+    engine: str
+    """Persistence engine, "" = none."""
+    traffic: Traffic
+
+
+class RealEntry(NamedTuple):
+    """A real server as the kernel reports it, with its connections."""
+
+    real: RealServer
+    active: int
+    inactive: int
+    persistent: int
+    traffic: Traffic
+
+
+def decode_server(message: bytes) -> ServerEntry:
+    """One answer to GET_SERVICE."""
+    values = CommandAttrs.decode(message, DATA)["service"]
+    width = 4 if values["af"] == 2 else 16
+    flags, _ = struct.unpack("=II", values["flags"])
+    persistence = values["timeout"] if flags & SVC_F_PERSISTENT else 0
+    traffic = Traffic(**values.get("stats64", {}))
+    engine = values.get("pe_name", "")
+    if "fwmark" in values:
+        at = None
+    else:
+        at = VirtualAddress(values["protocol"], Address(values["addr"][:width]), values["port"])
+    netmask = values["netmask"]
+    # without persistence the mask means nothing: one canonical value, so that equal servers compare equal
+    prefix = (netmask if width == 16 else netmask.bit_count()) if persistence else 32
+    server = VirtualServer(
+        at or VirtualAddress(0, Address(bytes(width)), 0),
+        (),
+        values["sched_name"],
+        flags & ~(SVC_F_PERSISTENT | SVC_F_HASHED),
+        persistence,
+        prefix,
+    )
+    if at is None:
+        return ServerEntry(None, values["fwmark"], values["af"], engine, traffic)
+    return ServerEntry(server, 0, values["af"], engine, traffic)
+
+
+def decode_real(message: bytes) -> RealEntry:
+    """One answer to GET_DEST."""
+    values = CommandAttrs.decode(message, DATA)["dest"]
+    width = 4 if values.get("addr_family", 2) == 2 else 16
+    real = RealServer(
+        Address(values["addr"][:width]),
+        values["port"],
+        values["weight"],
+        False,
+        Forwarding(values["fwd_method"] & FWD_MASK),
+        values["u_thresh"],
+        values["l_thresh"],
+    )
+    return RealEntry(
+        real,
+        values["active_conns"],
+        values["inact_conns"],
+        values["persist_conns"],
+        Traffic(**values.get("stats64", {})),
+    )
+
+
+class Named(NamedTuple):
+    """What a refused message was about."""
+
+    command: int
+    at: VirtualAddress | None
+    real: tuple[Address, int] | None
+
+
+def name_message(message: bytes) -> Named:
+    """Which object a message of ours speaks of; for mapping failures back."""
+    command = message[HEADER.size]
+    values = CommandAttrs.decode(message, DATA)
+    at = real = None
+    if service := values.get("service"):
+        width = 4 if service["af"] == 2 else 16
+        at = VirtualAddress(service["protocol"], Address(service["addr"][:width]), service["port"])
+    if dest := values.get("dest"):
+        width = 4 if dest.get("addr_family", 2) == 2 else 16
+        real = (Address(dest["addr"][:width]), dest["port"])
+    return Named(command, at, real)
+
+
+def groups(encoder: Encoder, servers: Sequence[VirtualServer]) -> Iterator[bytes]:
+    """`new_server` of each, lazily, so that encoding and sending alternate."""
+    new_server = encoder.new_server
+    return (new_server(server) for server in servers)

@@ -1,0 +1,336 @@
+"""The nouns: Kubernetes words for what is asked, LVS words for what the kernel shall do.
+
+Above the line stand Service, ServicePort, EndpointSlice, Endpoint (core/v1 and discovery.k8s.io/v1, reduced to what a
+Service proxy reads); below it VirtualServer and RealServer (`ipvsadm(8)`). `desired.py` is the one place that turns
+the first into the second. All values are immutable and compare by value.
+
+Addresses are packed bytes in network byte order, 4 (IPv4) or 16 (IPv6) of them: they go to the kernel as they are,
+sort numerically and cost a third of an `ipaddress` object.
+"""
+
+import socket
+from enum import Enum, IntEnum
+from typing import NamedTuple, NewType
+
+from msgspec import Struct
+
+Address = NewType("Address", bytes)
+"""Packed IP address, network byte order; its length (4 or 16) is its family."""
+
+
+class Family(IntEnum):
+    """Address family with the kernel's number (linux/socket.h)."""
+
+    IPV4 = socket.AF_INET
+    IPV6 = socket.AF_INET6
+
+
+class Protocol(IntEnum):
+    """Transport with its IANA number."""
+
+    TCP = 6
+    UDP = 17
+    SCTP = 132
+
+
+def family_of(address: bytes) -> Family:
+    """The family an address belongs to, told by its length."""
+    return Family.IPV4 if len(address) == 4 else Family.IPV6
+
+
+def parse_address(text: str) -> Address:
+    """`"10.0.1.175"` or `"fd00::1"` as packed bytes; ValueError names the text.
+
+    IPv4 octets with leading zeros are read as decimal, as the API server has always done (funny_ips.go).
+    """
+    try:
+        if ":" in text:
+            return Address(socket.inet_pton(socket.AF_INET6, text))
+        try:
+            return Address(socket.inet_pton(socket.AF_INET, text))
+        except OSError:
+            octets = text.split(".")
+            if len(octets) == 4 and all(o.isascii() and o.isdigit() and len(o) <= 16 for o in octets):
+                return Address(bytes(map(int, octets)))
+            raise
+    except (OSError, ValueError, UnicodeError):
+        raise ValueError(f"{text!r} is not an IP address") from None
+
+
+def format_address(address: bytes) -> str:
+    """Canonical text of a packed address (RFC 5952 for IPv6, as inet_ntop prints it)."""
+    return socket.inet_ntop(family_of(address), address)
+
+
+def format_endpoint(address: bytes, port: int) -> str:
+    """`10.0.1.175:80` or `[fd00::1]:80`."""
+    text = format_address(address)
+    return f"{text}:{port}" if len(address) == 4 else f"[{text}]:{port}"
+
+
+class Network(Struct, frozen=True, gc=False):
+    """An address range in CIDR form; bits below the prefix are zero."""
+
+    address: Address
+    prefix: int
+
+    def __contains__(self, address: bytes) -> bool:
+        if len(address) != len(self.address):
+            return False
+        shift = 8 * len(address) - self.prefix
+        return int.from_bytes(address) >> shift == int.from_bytes(self.address) >> shift
+
+    def __str__(self) -> str:
+        return f"{format_address(self.address)}/{self.prefix}"
+
+
+def parse_network(text: str) -> Network:
+    """`"10.0.0.0/8"`; a bare address is the range of that one address. ValueError names the text."""
+    head, slash, tail = text.strip().partition("/")
+    address = parse_address(head)
+    width = 8 * len(address)
+    if slash and not (tail.isascii() and tail.isdigit() and int(tail[:4]) <= width):
+        raise ValueError(f"{text!r} is not an address range (prefix length 0 to {width})")
+    prefix = int(tail) if slash else width
+    shift = width - prefix
+    masked = (int.from_bytes(address) >> shift << shift).to_bytes(len(address))
+    return Network(Address(masked), prefix)
+
+
+# ---------------------------------------------------------------------------------------------- Kubernetes words
+
+
+class Problem(NamedTuple):
+    """One thing wrong with one object of the input; the object is skipped, everything else goes on."""
+
+    source: str
+    """File name or other origin, as the user gave it."""
+    line: int
+    """1-based line where the object (or the fault) starts; 0 when the origin has no lines."""
+    object: str
+    """`Kind namespace/name`, or "" when the document is too broken to tell."""
+    field: str
+    """Path inside the object, as `spec.ports[0].port`; "" when the whole object is meant."""
+    reason: str
+
+    def __str__(self) -> str:
+        place = f"{self.source}:{self.line}" if self.line else self.source
+        return ": ".join(part for part in (place, self.object, self.field, self.reason) if part)
+
+
+class ObjectName(NamedTuple):
+    """Identity of a namespaced object of one kind; prints as `namespace/name`."""
+
+    namespace: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.namespace}/{self.name}"
+
+
+class ServicePortName(NamedTuple):
+    """Identity of one port of one Service; prints as `namespace/name:port`, or `namespace/name` for an unnamed port."""
+
+    namespace: str
+    name: str
+    port: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.namespace}/{self.name}:{self.port}" if self.port else f"{self.namespace}/{self.name}"
+
+
+class ServiceType(Enum):
+    """core/v1 ServiceType."""
+
+    CLUSTER_IP = "ClusterIP"
+    NODE_PORT = "NodePort"
+    LOAD_BALANCER = "LoadBalancer"
+    EXTERNAL_NAME = "ExternalName"
+
+
+class ServicePort(Struct, frozen=True, gc=False):
+    """One entry of `spec.ports`. `node_port` 0 = none."""
+
+    name: str
+    protocol: Protocol
+    port: int
+    node_port: int = 0
+
+
+class Service(Struct, frozen=True, gc=False):
+    """core/v1 Service, as far as a proxy and a DNS server read it.
+
+    `cluster_ips` is empty for a headless Service (`clusterIP: None`) and for one that has no address yet.
+    """
+
+    name: ObjectName
+    type: ServiceType = ServiceType.CLUSTER_IP
+    cluster_ips: tuple[Address, ...] = ()
+    ports: tuple[ServicePort, ...] = ()
+    headless: bool = False
+    external_ips: tuple[Address, ...] = ()
+    load_balancer_ips: tuple[Address, ...] = ()
+    """`status.loadBalancer.ingress[].ip` whose ipMode is unset or VIP."""
+    source_ranges: tuple[Network, ...] = ()
+    affinity_seconds: int = 0
+    """sessionAffinity ClientIP timeout; 0 = no affinity."""
+    internal_local: bool = False
+    """internalTrafficPolicy: Local."""
+    external_local: bool = False
+    """externalTrafficPolicy: Local."""
+    health_check_node_port: int = 0
+    external_name: str = ""
+    publish_not_ready: bool = False
+    other_proxy: str = ""
+    """Label service.kubernetes.io/service-proxy-name: left to that proxy."""
+    created: str = ""
+    """metadata.creationTimestamp, RFC 3339 text; of two Services that claim one address the older wins."""
+    scheduler: str = ""
+    """Annotation; "" = the agent's default."""
+    scheduler_flags: int = 0
+    """IP_VS_SVC_F_SCHED1..3, from the annotation's flag names."""
+    drain_seconds: int = -1
+    """Annotation; -1 = the agent's default."""
+
+
+class Endpoint(Struct, frozen=True, gc=False):
+    """discovery.k8s.io/v1 Endpoint with its conditions resolved (nil ready = true, nil serving = ready)."""
+
+    address: Address
+    ready: bool = True
+    serving: bool = True
+    terminating: bool = False
+    node: str = ""
+    zone: str = ""
+    zone_hints: tuple[str, ...] = ()
+    node_hints: tuple[str, ...] = ()
+    hostname: str = ""
+    weight: int = 1
+
+
+class EndpointPort(Struct, frozen=True, gc=False):
+    """One entry of a slice's `ports`; `port` is the real target port."""
+
+    name: str
+    protocol: Protocol
+    port: int
+
+
+class EndpointSlice(Struct, frozen=True, gc=False):
+    """discovery.k8s.io/v1 EndpointSlice of the Service named by its label; family is that of `addressType`."""
+
+    name: ObjectName
+    service: ObjectName
+    family: Family
+    ports: tuple[EndpointPort, ...] = ()
+    endpoints: tuple[Endpoint, ...] = ()
+
+
+class ServiceView(Struct, frozen=True, gc=False):
+    """Everything known of one Service: the object, if there is one, and the slices that name it, sorted by name."""
+
+    service: Service | None = None
+    slices: tuple[EndpointSlice, ...] = ()
+
+
+Cluster = dict[ObjectName, ServiceView]
+"""One consistent snapshot of every Service known, by name."""
+
+
+class Update(Struct, frozen=True):
+    """What a source delivers: the Services that changed since its last Update, each with its whole new content.
+
+    The first Update of a source holds everything it knows. None = no object names this Service any more.
+    `problems` are all that stand at this moment, not only the new ones.
+    """
+
+    changed: dict[ObjectName, ServiceView | None]
+    problems: tuple[Problem, ...] = ()
+
+
+# ----------------------------------------------------------------------------------------------------- LVS words
+
+
+class Forwarding(IntEnum):
+    """IP_VS_CONN_F_* forwarding methods (linux/ip_vs.h)."""
+
+    MASQ = 0
+    LOCAL = 1
+    TUNNEL = 2
+    ROUTE = 3
+
+
+class ServerFlags(IntEnum):
+    """IP_VS_SVC_F_* (linux/ip_vs.h) a VirtualServer may carry; PERSISTENT follows from `persistence`."""
+
+    ONE_PACKET = 0x04
+    SCHED_1 = 0x08
+    SCHED_2 = 0x10
+    SCHED_3 = 0x20
+
+
+class Masquerade(Enum):
+    """Whose source address is rewritten on the way to a real server (hairpin traffic always is)."""
+
+    DETECT = "detect"
+    """Clients that are not local by the agent's detect-local method, or everyone with masquerade-all."""
+    NEVER = "never"
+    ALWAYS = "always"
+
+
+class NoServers(Enum):
+    """What a client gets when a VirtualServer has no real server (kube-proxy: no endpoints / no local endpoints)."""
+
+    REJECT = "reject"
+    DROP = "drop"
+
+
+class VirtualAddress(NamedTuple):
+    """What identifies a VirtualServer: protocol number, packed address, port."""
+
+    protocol: int
+    address: Address
+    port: int
+
+    def __str__(self) -> str:
+        return f"{Protocol(self.protocol).name} {format_endpoint(self.address, self.port)}"
+
+
+class RealServer(Struct, frozen=True, gc=False, order=True):
+    """One backend of a VirtualServer.
+
+    `weight` 0 takes no new connections (draining). `local`: it runs, or may run, on this node, so it may reach itself
+    through the VIP (hairpin). Thresholds are connection counts, 0 = none.
+    """
+
+    address: Address
+    port: int
+    weight: int = 1
+    local: bool = False
+    forwarding: Forwarding = Forwarding.MASQ
+    upper_threshold: int = 0
+    lower_threshold: int = 0
+
+    def __str__(self) -> str:
+        return format_endpoint(self.address, self.port)
+
+
+class VirtualServer(Struct, frozen=True, gc=False):
+    """A VIP:port and how its connections are spread; desired and observed state are both made of these.
+
+    `real_servers` is sorted and holds no (address, port) twice. `persistence`: seconds a client sticks to its real
+    server, 0 = not at all; `persistence_prefix`: bits of the client address that make a client.
+    """
+
+    at: VirtualAddress
+    real_servers: tuple[RealServer, ...] = ()
+    scheduler: str = "rr"
+    flags: int = 0
+    persistence: int = 0
+    persistence_prefix: int = 32
+    masquerade: Masquerade = Masquerade.DETECT
+    no_servers: NoServers = NoServers.REJECT
+    bound: bool = True
+    """The VIP itself is made local on this node (false for node ports: the node owns those addresses)."""
+    label: str = ""
+    """Whose it is, for people: `namespace/name:port`; kept in the kernel as a comment where the mode has comments."""

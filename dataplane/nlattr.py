@@ -1,0 +1,226 @@
+"""Netlink attributes, declared like the kernel header and compiled once.
+
+A set of attributes is a class; each line gives the kernel's number, width and byte order:
+
+    class ServiceAttrs(NlAttrs):
+        af = attr(1, u16)
+        port = attr(4, be16)
+
+`ServiceAttrs.encode(af=2, port=80)` gives bytes and `ServiceAttrs.decode(buffer)` a dict. For the bulk path a value may
+be a `Slot`: the encoded parts then are a template, and `compile_template` turns it into one function that is a single
+`struct.Struct.pack` call for a whole message, or for several messages that belong together.
+
+Wire format (linux/netlink.h): struct nlattr { u16 nla_len; u16 nla_type; } payload, padded to 4 bytes; nla_len counts
+the header and the payload but not the padding; host byte order unless the attribute says otherwise.
+"""
+
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any, ClassVar, NamedTuple
+
+from .errors import WireError
+
+NLA_F_NESTED = 0x8000
+NLA_TYPE_MASK = 0x3FFF  # without NLA_F_NESTED and NLA_F_NET_BYTEORDER
+
+_HEADER = struct.Struct("=HH")
+_read_header = _HEADER.unpack_from
+_ZERO = bytes(64)
+
+
+class Slot(NamedTuple):
+    """A value that is not known yet: `code` is its struct code in network order ("H", "4s", "16s")."""
+
+    name: str
+    code: str
+
+    @property
+    def width(self) -> int:
+        """Bytes it takes."""
+        return struct.calcsize(">" + self.code)
+
+
+Part = bytes | Slot
+
+
+class Kind(NamedTuple):
+    """How one attribute's payload looks. `width` None = any length."""
+
+    name: str
+    width: int | None
+    encode: Callable[[Any], bytes]
+    decode: Callable[[bytes], Any]
+
+
+def _fixed(name: str, code: str) -> Kind:
+    packer = struct.Struct(code)
+    unpack = packer.unpack
+
+    def decode(payload: bytes) -> int:
+        value: int = unpack(payload)[0]
+        return value
+
+    return Kind(name, packer.size, packer.pack, decode)
+
+
+def _cstring(text: str) -> bytes:
+    return text.encode("ascii") + b"\0"
+
+
+def _same(payload: bytes) -> bytes:
+    return payload
+
+
+u8 = _fixed("u8", "=B")
+u16 = _fixed("u16", "=H")
+u32 = _fixed("u32", "=I")
+s32 = _fixed("s32", "=i")
+u64 = _fixed("u64", "=Q")
+be16 = _fixed("be16", ">H")
+be32 = _fixed("be32", ">I")
+be64 = _fixed("be64", ">Q")
+raw8 = Kind("raw8", 8, _same, _same)
+raw16 = Kind("raw16", 16, lambda value: value.ljust(16, b"\0"), _same)
+blob = Kind("blob", None, bytes, _same)
+cstring = Kind("cstring", None, _cstring, lambda payload: payload.split(b"\0", 1)[0].decode("utf-8", "replace"))
+
+
+def nested(attrs: "type[NlAttrs]") -> Kind:
+    """A payload made of attributes of another set; its value is a mapping of that set's names."""
+    return Kind(f"nested {attrs.__name__}", None, lambda values: attrs.encode(**values), attrs.decode)
+
+
+class attr(NamedTuple):  # noqa: N801 - reads as a declaration
+    """One line of a declaration: the kernel's number and the kind of payload."""
+
+    number: int
+    kind: Kind
+
+
+def header(length: int, number: int) -> bytes:
+    """struct nlattr for a payload of `length` bytes."""
+    return _HEADER.pack(length + 4, number)
+
+
+def padding(length: int) -> bytes:
+    """What fills a payload of `length` bytes up to the next multiple of four."""
+    return _ZERO[: -length % 4]
+
+
+def width_of(parts: Sequence[Part]) -> int:
+    """Bytes that encoded parts take."""
+    return sum(len(part) if isinstance(part, bytes) else part.width for part in parts)
+
+
+def nest(number: int, parts: Sequence[Part], flag: int = NLA_F_NESTED) -> list[Part]:
+    """Encoded parts wrapped into the nested attribute `number`."""
+    return [header(width_of(parts), number | flag), *parts]
+
+
+def walk(buffer: bytes | bytearray, start: int = 0, end: int | None = None) -> "list[tuple[int, int, int]]":
+    """(number, payload start, payload end) of each attribute in buffer[start:end]; WireError where lengths lie."""
+    end = len(buffer) if end is None else end
+    found = []
+    while start + 4 <= end:
+        length, number = _read_header(buffer, start)
+        stop = start + length
+        if length < 4 or stop > end:
+            raise WireError(
+                f"attribute {number & NLA_TYPE_MASK} at offset {start}: length {length}, {end - start} left"
+            )
+        found.append((number & NLA_TYPE_MASK, start + 4, stop))
+        start += (length + 3) & ~3
+    if start < end:
+        raise WireError(f"{end - start} stray bytes at offset {start}")
+    return found
+
+
+class NlAttrs:
+    """Base of a declared attribute set; subclasses hold `name = attr(number, kind)` lines and nothing else."""
+
+    by_name: ClassVar[dict[str, attr]]
+    by_number: ClassVar[dict[int, tuple[str, Kind]]]
+
+    def __init_subclass__(cls) -> None:
+        cls.by_name = {name: line for name, line in vars(cls).items() if isinstance(line, attr)}
+        cls.by_number = {line.number: (name, line.kind) for name, line in cls.by_name.items()}
+        if len(cls.by_number) != len(cls.by_name):
+            raise TypeError(f"{cls.__name__} gives one attribute number to two names")
+
+    @classmethod
+    def parts(cls, values: Mapping[str, Any]) -> list[Part]:
+        """Encoded values in the order given; a Slot stays a hole of its own width."""
+        parts: list[Part] = []
+        for name, value in values.items():
+            number, kind = cls.by_name[name]
+            if isinstance(value, Slot):
+                if kind.width is None or value.width > kind.width:
+                    raise TypeError(f"{cls.__name__}.{name}: a {value.code!r} slot does not fit into {kind.name}")
+                rest = kind.width - value.width
+                parts += [header(kind.width, number), value, _ZERO[:rest] + padding(kind.width)]
+            else:
+                payload = kind.encode(value)
+                if kind.width is not None and len(payload) != kind.width:
+                    raise WireError(f"{cls.__name__}.{name}: {len(payload)} bytes instead of {kind.width}")
+                parts.append(header(len(payload), number) + payload + padding(len(payload)))
+        return parts
+
+    @classmethod
+    def encode(cls, **values: Any) -> bytes:
+        """Values as attributes, in the order given."""
+        parts = cls.parts(values)
+        return b"".join(part for part in parts if isinstance(part, bytes))
+
+    @classmethod
+    def decode(cls, buffer: bytes | bytearray, start: int = 0, end: int | None = None) -> dict[str, Any]:
+        """Attributes by name; numbers that are not declared are passed over (newer kernels add some)."""
+        values: dict[str, Any] = {}
+        declared = cls.by_number
+        for number, first, stop in walk(buffer, start, end):
+            if number in declared:
+                name, (kind_name, width, _, decode) = declared[number]
+                if width is not None and stop - first != width:
+                    raise WireError(
+                        f"{cls.__name__}.{name} at offset {first}: {stop - first} bytes instead of {kind_name}"
+                    )
+                values[name] = decode(bytes(buffer[first:stop]))
+        return values
+
+
+def compile_template(parts: Sequence[Part], parameters: Sequence[str]) -> Callable[..., bytes]:
+    """A function of `parameters` that fills the slots of `parts`: one `Struct.pack`, constants folded.
+
+    A parameter may fill several slots. Its values are bytes for "Ns" slots and ints for "H" slots.
+    """
+    folded: list[Part] = []
+    for part in parts:
+        if isinstance(part, bytes) and folded and isinstance(folded[-1], bytes):
+            folded[-1] += part
+        elif part:
+            folded.append(part)
+    constants: dict[str, Any] = {}
+    codes, arguments = [">"], []
+    for index, part in enumerate(folded):
+        if isinstance(part, bytes):
+            constants[f"_c{index}"] = part
+            codes.append(f"{len(part)}s")
+            arguments.append(f"_c{index}")
+        else:
+            codes.append(part.code)
+            arguments.append(part.name)
+    constants["_pack"] = struct.Struct("".join(codes)).pack
+    unknown = {part.name for part in folded if isinstance(part, Slot)} - set(parameters)
+    if unknown:
+        raise TypeError(f"slots without a parameter: {', '.join(sorted(unknown))}")
+    # like namedtuple: the source is ours alone (identifiers from declarations), and a call costs one frame
+    defaults = ", ".join(f"{name}={name}" for name in constants)
+    source = f"lambda {', '.join([*parameters, '*'])}, {defaults}: _pack({', '.join(arguments)})"
+    function: Callable[..., bytes] = eval(source, constants)
+    return function
+
+
+@lru_cache(maxsize=4096)
+def u32_bytes(value: int) -> bytes:
+    """A host-order u32 for a "4s" slot."""
+    return u32.encode(value)

@@ -1,0 +1,230 @@
+"""What must change: the pure difference between what a mode holds and what it shall hold.
+
+`State` is both: what `observe()` read from the kernel, and what we know it holds after each commit. `diff` looks only
+at the virtual addresses it is given, so a change of one Service costs the same among ten Services and ten thousand.
+"""
+
+from collections.abc import Collection, Iterable, Mapping
+from typing import NamedTuple
+
+from msgspec import Struct
+
+from .model import Address, RealServer, VirtualAddress, VirtualServer
+
+
+class State:
+    """Virtual servers, and the addresses they need: VIPs bound on this node, endpoints that may reach themselves.
+
+    `vips` and `hairpins` are what is really there; how often the servers need each is counted beside, so that both can
+    be compared at any time. `foreign`: virtual addresses that somebody else programmed; they are never touched.
+    """
+
+    def __init__(
+        self,
+        servers: Iterable[VirtualServer] = (),
+        vips: Iterable[Address] = (),
+        hairpins: Iterable[Address] = (),
+        foreign: Iterable[VirtualAddress] = (),
+    ) -> None:
+        self.servers: dict[VirtualAddress, VirtualServer] = {}
+        self.vips = set(vips)
+        self.hairpins = set(hairpins)
+        self.foreign = set(foreign)
+        self._vip_uses: dict[Address, int] = {}
+        self._hairpin_uses: dict[Address, int] = {}
+        for server in servers:
+            self.put(server)
+
+    def put(self, server: VirtualServer) -> None:
+        """Add a virtual server, or replace the one at its address."""
+        self.drop(server.at)
+        self.servers[server.at] = server
+        _count(self._vip_uses, self._hairpin_uses, server, +1)
+
+    def drop(self, at: VirtualAddress) -> None:
+        """Take the virtual server at an address away, if there is one."""
+        old = self.servers.pop(at, None)
+        if old is not None:
+            _count(self._vip_uses, self._hairpin_uses, old, -1)
+
+    def needs(self) -> tuple[Collection[Address], Collection[Address]]:
+        """The VIPs and hairpin addresses that the servers here need."""
+        return self._vip_uses.keys(), self._hairpin_uses.keys()
+
+    def uses(self) -> tuple[Mapping[Address, int], Mapping[Address, int]]:
+        """The same with how many need each."""
+        return self._vip_uses, self._hairpin_uses
+
+    def apply(self, plan: "Plan", skip: Collection[VirtualAddress] = ()) -> None:
+        """Know what a committed plan did; `skip` names the servers of it that failed."""
+        for server in plan.remove:
+            if server.at not in skip:
+                self.drop(server.at)
+        for server in plan.add:
+            if server.at not in skip:
+                self.put(server)
+        for change in plan.change:
+            if change.new.at not in skip:
+                self.put(change.new)
+        self.vips.difference_update(plan.unbind)
+        self.vips.update(plan.bind)
+        self.hairpins.difference_update(plan.hairpin_remove)
+        self.hairpins.update(plan.hairpin_add)
+
+
+class Change(NamedTuple):
+    """A virtual server before and after."""
+
+    old: VirtualServer
+    new: VirtualServer
+
+    def edited(self) -> bool:
+        """Something of the virtual server itself differs, not only its real servers."""
+        return traits(self.old) != traits(self.new)
+
+    def reals(self) -> tuple[list[RealServer], list[RealServer], list[RealServer]]:
+        """Real servers to add, to change in place, and to remove."""
+        old = {(real.address, real.port): real for real in self.old.real_servers}
+        add, change = [], []
+        for real in self.new.real_servers:
+            before = old.pop((real.address, real.port), None)
+            if before is None:
+                add.append(real)
+            elif _settings(before) != _settings(real):
+                change.append(real)
+        return add, change, list(old.values())
+
+
+class Plan(Struct, frozen=True):
+    """Everything one commit does. An empty plan, and only that, means there is nothing to do.
+
+    `blocked`: wanted virtual addresses that somebody else holds in the kernel.
+    """
+
+    add: tuple[VirtualServer, ...] = ()
+    change: tuple[Change, ...] = ()
+    remove: tuple[VirtualServer, ...] = ()
+    bind: tuple[Address, ...] = ()
+    unbind: tuple[Address, ...] = ()
+    hairpin_add: tuple[Address, ...] = ()
+    hairpin_remove: tuple[Address, ...] = ()
+    blocked: tuple[VirtualAddress, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(
+            self.add
+            or self.change
+            or self.remove
+            or self.bind
+            or self.unbind
+            or self.hairpin_add
+            or self.hairpin_remove
+        )
+
+    def counts(self) -> tuple[int, int, int]:
+        """Adds, sets and deletes, counted in virtual servers, real servers and addresses."""
+        adds = len(self.add) + sum(len(s.real_servers) for s in self.add) + len(self.bind) + len(self.hairpin_add)
+        deletes = len(self.remove) + len(self.unbind) + len(self.hairpin_remove)
+        sets = 0
+        for change in self.change:
+            add, edit, remove = change.reals()
+            adds += len(add)
+            sets += len(edit) + change.edited()
+            deletes += len(remove)
+        return adds, sets, deletes
+
+
+def diff(
+    held: State, wanted: Mapping[VirtualAddress, VirtualServer], only: Collection[VirtualAddress] | None = None
+) -> Plan:
+    """The plan that turns `held` into `wanted`; with `only`, the part of it that concerns those virtual addresses.
+
+    `only` costs O(len(only)). Without it everything is compared, also VIPs and hairpin addresses no server needs.
+    """
+    keys: Iterable[VirtualAddress] = held.servers.keys() | wanted.keys() if only is None else only
+    add, change, remove, blocked = [], [], [], []
+    vips: dict[Address, int] = {}
+    hairpins: dict[Address, int] = {}
+    for at in keys:
+        old, new = held.servers.get(at), wanted.get(at)
+        if new is not None and at in held.foreign:
+            blocked.append(at)
+            continue
+        if old is None and new is not None:
+            add.append(new)
+        elif old is not None and new is None:
+            remove.append(old)
+        elif old is not None and new is not None and not same(old, new):
+            change.append(Change(old, new))
+        if old is not None:
+            _count(vips, hairpins, old, -1)
+        if new is not None:
+            _count(vips, hairpins, new, +1)
+    if only is None:
+        for uses, there, delta in zip(held.uses(), (held.vips, held.hairpins), (vips, hairpins), strict=True):
+            for address in (*uses, *there):
+                delta.setdefault(address, 0)
+    else:
+        # a VIP that was lost must come back with the next change of its server, also when no count changes
+        for at in only:
+            vips.setdefault(at.address, 0)
+    bind, unbind = _missing(held.vips, held.uses()[0], vips)
+    hairpin_add, hairpin_remove = _missing(held.hairpins, held.uses()[1], hairpins)
+    return Plan(tuple(add), tuple(change), tuple(remove), bind, unbind, hairpin_add, hairpin_remove, tuple(blocked))
+
+
+def same(old: VirtualServer, new: VirtualServer) -> bool:
+    """Nothing of the server or its real servers differs (where a real server runs is the hairpin addresses' matter)."""
+    if old == new:
+        return True
+    return traits(old) == traits(new) and [(r.address, r.port, _settings(r)) for r in old.real_servers] == [
+        (r.address, r.port, _settings(r)) for r in new.real_servers
+    ]
+
+
+def traits(server: VirtualServer) -> tuple[object, ...]:
+    """Everything of a virtual server but its real servers."""
+    return (
+        server.scheduler,
+        server.flags,
+        server.persistence,
+        server.persistence_prefix,
+        server.masquerade,
+        server.no_servers,
+        server.bound,
+        server.label,
+    )
+
+
+def _settings(real: RealServer) -> tuple[int, int, int, int]:
+    return real.weight, real.forwarding, real.upper_threshold, real.lower_threshold
+
+
+def _count(vips: dict[Address, int], hairpins: dict[Address, int], server: VirtualServer, step: int) -> None:
+    if server.bound:
+        _add(vips, server.at.address, step)
+    for real in server.real_servers:
+        if real.local:
+            _add(hairpins, real.address, step)
+
+
+def _add(counts: dict[Address, int], key: Address, step: int) -> None:
+    left = counts.get(key, 0) + step
+    if left:
+        counts[key] = left
+    else:
+        counts.pop(key, None)
+
+
+def _missing(
+    there: Collection[Address], uses: Mapping[Address, int], delta: Mapping[Address, int]
+) -> tuple[tuple[Address, ...], tuple[Address, ...]]:
+    """Of the addresses in `delta`: those to add, those to take away."""
+    add, remove = [], []
+    for address, step in delta.items():
+        needed = uses.get(address, 0) + step > 0
+        if needed and address not in there:
+            add.append(address)
+        elif not needed and address in there:
+            remove.append(address)
+    return tuple(add), tuple(remove)
