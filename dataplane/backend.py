@@ -65,6 +65,8 @@ class ServerReport(NamedTuple):
     """One virtual server with live numbers, for people."""
 
     server: VirtualServer
+    fwmark: int
+    """Firewall mark of a server that has no address, else 0."""
     connections: int
     reals: tuple[tuple[RealServer, RealCounters], ...]
     ours: bool

@@ -35,9 +35,11 @@ class Drains:
         A virtual server that is not wanted at all stays as long as one of its real servers drains: its VIP stays bound
         and open connections go on, new ones are refused.
         """
+        if held is None or (wanted is not None and wanted.real_servers == held.real_servers):
+            return wanted
         wanted_keys = {(real.address, real.port) for real in wanted.real_servers} if wanted else set()
         kept = []
-        for real in held.real_servers if held else ():
+        for real in held.real_servers:
             key = DrainKey(at, real.address, real.port)
             if (real.address, real.port) in wanted_keys:
                 self.forget(key)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from .model import Address, Forwarding, RealServer, VirtualAddress, VirtualServer
+from .model import Address, Forwarding, RealServer, VirtualAddress, VirtualServer, family_of
 from .netlink_socket import GENL_HEADER, HEADER, NLM_F_REQUEST, genl_message
 from .nlattr import (
     NlAttrs,
@@ -24,6 +24,7 @@ from .nlattr import (
     nested,
     raw8,
     raw16,
+    u8,
     u16,
     u32,
     u64,
@@ -100,6 +101,9 @@ class DestAttrs(NlAttrs):
     persist_conns = attr(9, u32)
     addr_family = attr(11, u16)
     stats64 = attr(12, nested(Stats64Attrs))
+    tun_type = attr(13, u8)
+    tun_port = attr(14, be16)
+    tun_flags = attr(15, u16)
 
 
 class CommandAttrs(NlAttrs):
@@ -147,10 +151,10 @@ def shape_of(server: VirtualServer, family_id: int) -> Shape:
     at = server.at
     width = len(at.address)
     flags = server.flags | SVC_F_PERSISTENT if server.persistence else server.flags
-    return Shape(family_id, width, at.protocol, server.scheduler, flags, server.persistence, _netmask(width, server))
+    return Shape(family_id, width, at.protocol, server.scheduler, flags, server.persistence, netmask_of(width, server))
 
 
-def _netmask(width: int, server: VirtualServer) -> int:
+def netmask_of(width: int, server: VirtualServer) -> int:
     """Persistence granularity as the kernel wants it; without persistence the whole address."""
     prefix = server.persistence_prefix if server.persistence else 8 * width
     if width == 16:
@@ -289,6 +293,15 @@ class Encoder:
         """Dump request for all virtual servers."""
         return genl_message(self.family_id, GET_SERVICE, 0)
 
+    def get_reals_of_mark(self, fwmark: int, family: int) -> bytes:
+        """Dump request for the real servers of a virtual server by firewall mark."""
+        return genl_message(self.family_id, GET_DEST, 0, CommandAttrs.encode(service={"af": family, "fwmark": fwmark}))
+
+    def get_server(self, at: VirtualAddress) -> bytes:
+        """Request for one virtual server (no dump)."""
+        key = {"af": family_of(at.address), "protocol": at.protocol, "addr": at.address, "port": at.port}
+        return genl_message(self.family_id, GET_SERVICE, 0, CommandAttrs.encode(service=key))
+
     def get_reals(self, at: VirtualAddress) -> bytes:
         """Dump request for the real servers of one virtual server."""
         template = _dump_template(self.family_id, len(at.address), at.protocol)
@@ -325,9 +338,12 @@ class Traffic(NamedTuple):
 
 
 class ServerEntry(NamedTuple):
-    """A virtual server as the kernel reports it. `server` is None for one by firewall mark (never ours)."""
+    """A virtual server as the kernel reports it, without its real servers.
 
-    server: VirtualServer | None
+    One by firewall mark (never ours) has `fwmark` set and an address of zeros.
+    """
+
+    server: VirtualServer
     fwmark: int
     family: int
     engine: str
@@ -343,6 +359,8 @@ class RealEntry(NamedTuple):
     inactive: int
     persistent: int
     traffic: Traffic
+    tunnel: tuple[int, int, int] = (0, 0, 0)
+    """IP_VS_CONN_F_TUNNEL_TYPE_*, port and flags of a tunnelled real server."""
 
 
 def decode_server(message: bytes) -> ServerEntry:
@@ -353,24 +371,20 @@ def decode_server(message: bytes) -> ServerEntry:
     persistence = values["timeout"] if flags & SVC_F_PERSISTENT else 0
     traffic = Traffic(**values.get("stats64", {}))
     engine = values.get("pe_name", "")
-    if "fwmark" in values:
-        at = None
-    else:
-        at = VirtualAddress(values["protocol"], Address(values["addr"][:width]), values["port"])
-    netmask = values["netmask"]
+    fwmark = values.get("fwmark", 0)
+    address = Address(bytes(width) if fwmark else values["addr"][:width])
     # without persistence the mask means nothing: one canonical value, so that equal servers compare equal
+    netmask = values["netmask"]
     prefix = (netmask if width == 16 else netmask.bit_count()) if persistence else 32
     server = VirtualServer(
-        at or VirtualAddress(0, Address(bytes(width)), 0),
+        VirtualAddress(values.get("protocol", 0), address, values.get("port", 0)),
         (),
         values["sched_name"],
         flags & ~(SVC_F_PERSISTENT | SVC_F_HASHED),
         persistence,
         prefix,
     )
-    if at is None:
-        return ServerEntry(None, values["fwmark"], values["af"], engine, traffic)
-    return ServerEntry(server, 0, values["af"], engine, traffic)
+    return ServerEntry(server, fwmark, values["af"], engine, traffic)
 
 
 def decode_real(message: bytes) -> RealEntry:
@@ -392,6 +406,7 @@ def decode_real(message: bytes) -> RealEntry:
         values["inact_conns"],
         values["persist_conns"],
         Traffic(**values.get("stats64", {})),
+        (values.get("tun_type", 0), values.get("tun_port", 0), values.get("tun_flags", 0)),
     )
 
 

@@ -16,7 +16,10 @@ class State:
     """Virtual servers, and the addresses they need: VIPs bound on this node, endpoints that may reach themselves.
 
     `vips` and `hairpins` are what is really there; how often the servers need each is counted beside, so that both can
-    be compared at any time. `foreign`: virtual addresses that somebody else programmed; they are never touched.
+    be compared at any time. Three kinds of irregularity an observer may find:
+    `foreign`: virtual addresses that somebody else programmed; they are never touched.
+    `ghosts`: virtual addresses that we own by our own books, with no server behind them.
+    `partial`: VIPs that are in one of the places where a bound VIP must be, but not in all.
     """
 
     def __init__(
@@ -25,11 +28,15 @@ class State:
         vips: Iterable[Address] = (),
         hairpins: Iterable[Address] = (),
         foreign: Iterable[VirtualAddress] = (),
+        ghosts: Iterable[VirtualAddress] = (),
+        partial: Iterable[Address] = (),
     ) -> None:
         self.servers: dict[VirtualAddress, VirtualServer] = {}
         self.vips = set(vips)
         self.hairpins = set(hairpins)
         self.foreign = set(foreign)
+        self.ghosts = set(ghosts)
+        self.partial = set(partial)
         self._vip_uses: dict[Address, int] = {}
         self._hairpin_uses: dict[Address, int] = {}
         for server in servers:
@@ -60,14 +67,17 @@ class State:
         for server in plan.remove:
             if server.at not in skip:
                 self.drop(server.at)
+                self.ghosts.discard(server.at)
         for server in plan.add:
             if server.at not in skip:
                 self.put(server)
+                self.ghosts.discard(server.at)
         for change in plan.change:
             if change.new.at not in skip:
                 self.put(change.new)
         self.vips.difference_update(plan.unbind)
         self.vips.update(plan.bind)
+        self.partial.difference_update(plan.bind, plan.unbind)
         self.hairpins.difference_update(plan.hairpin_remove)
         self.hairpins.update(plan.hairpin_add)
 
@@ -141,7 +151,7 @@ def diff(
 
     `only` costs O(len(only)). Without it everything is compared, also VIPs and hairpin addresses no server needs.
     """
-    keys: Iterable[VirtualAddress] = held.servers.keys() | wanted.keys() if only is None else only
+    keys: Iterable[VirtualAddress] = held.servers.keys() | wanted.keys() | held.ghosts if only is None else only
     add, change, remove, blocked = [], [], [], []
     vips: dict[Address, int] = {}
     hairpins: dict[Address, int] = {}
@@ -154,6 +164,8 @@ def diff(
             add.append(new)
         elif old is not None and new is None:
             remove.append(old)
+        elif old is None and at in held.ghosts:
+            remove.append(VirtualServer(at))
         elif old is not None and new is not None and not same(old, new):
             change.append(Change(old, new))
         if old is not None:
@@ -168,8 +180,8 @@ def diff(
         # a VIP that was lost must come back with the next change of its server, also when no count changes
         for at in only:
             vips.setdefault(at.address, 0)
-    bind, unbind = _missing(held.vips, held.uses()[0], vips)
-    hairpin_add, hairpin_remove = _missing(held.hairpins, held.uses()[1], hairpins)
+    bind, unbind = _missing(held.vips, held.uses()[0], vips, held.partial)
+    hairpin_add, hairpin_remove = _missing(held.hairpins, held.uses()[1], hairpins, ())
     return Plan(tuple(add), tuple(change), tuple(remove), bind, unbind, hairpin_add, hairpin_remove, tuple(blocked))
 
 
@@ -217,13 +229,13 @@ def _add(counts: dict[Address, int], key: Address, step: int) -> None:
 
 
 def _missing(
-    there: Collection[Address], uses: Mapping[Address, int], delta: Mapping[Address, int]
+    there: Collection[Address], uses: Mapping[Address, int], delta: Mapping[Address, int], partial: Collection[Address]
 ) -> tuple[tuple[Address, ...], tuple[Address, ...]]:
     """Of the addresses in `delta`: those to add, those to take away."""
     add, remove = [], []
     for address, step in delta.items():
         needed = uses.get(address, 0) + step > 0
-        if needed and address not in there:
+        if needed and (address not in there or address in partial):
             add.append(address)
         elif not needed and address in there:
             remove.append(address)

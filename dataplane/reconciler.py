@@ -1,0 +1,270 @@
+"""Desired against held: the one place where a plan is made, committed, and believed only as far as the kernel said so.
+
+No event loop and no files here: `run`, `apply`, `diff`, the tests and the bench all drive this object. What it knows of
+the kernel (`held`) changes in two ways only: a commit that the kernel acknowledged, and a look (`observe`).
+"""
+
+import time
+from collections.abc import Callable, Collection
+from typing import Literal
+
+from msgspec import Struct
+
+from .backend import Backend, Transaction
+from .desired import Desired, Rules
+from .drain import DrainKey, Drains
+from .errors import KernelError, Unanswered
+from .model import Problem, Update, VirtualAddress, VirtualServer
+from .plan import Plan, State, diff
+
+TRIES = 3
+"""Commits in a row that may end unknown or surprising before a sync gives up until the next one."""
+MASS_DELETE_SHARE = 0.5
+MASS_DELETE_LEAST = 10
+
+Result = Literal["unchanged", "committed", "partly", "failed"]
+
+
+class SyncReport(Struct, frozen=True):
+    """How one sync went. `milliseconds`: from plan to the kernel's last answer."""
+
+    generation: int
+    cause: str
+    result: Result
+    adds: int = 0
+    sets: int = 0
+    deletes: int = 0
+    milliseconds: float = 0.0
+    failed: tuple[KernelError, ...] = ()
+    blocked: tuple[VirtualAddress, ...] = ()
+    held_back: int = 0
+
+
+class Reconciler:
+    """Keeps one backend's kernel state equal to the desired state.
+
+    `allow_mass_delete`: without it, an update that takes away more than half of the virtual servers (and at least ten)
+    is held back and shows in every report until the sources change their mind or `release` is called.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        rules: Rules,
+        *,
+        allow_mass_delete: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.backend = backend
+        self.desired = Desired(rules)
+        self.held = State()
+        self.drains = Drains()
+        self.failing: dict[VirtualAddress, KernelError] = {}
+        self.held_back: set[VirtualAddress] = set()
+        self.generation = 0
+        self._allow_mass_delete = allow_mass_delete
+        self._clock = clock
+        self._kept: set[DrainKey] = set()
+
+    # -------------------------------------------------------------------------------------------------- learning
+
+    def take(self, update: Update) -> set[VirtualAddress]:
+        """A source's update becomes desired state; returns the virtual addresses to sync."""
+        return self.desired.update(update)
+
+    def observe(self) -> None:
+        """Look at the kernel. The clocks of real servers that drain already go on where they stand."""
+        self.held = self.backend.observe()
+        if not self.backend.drains:
+            return
+        now = self._clock()
+        clocks = self.backend.clocks()
+        self._kept = set(clocks)
+        for at, server in self.held.servers.items():
+            for real in server.real_servers:
+                key = DrainKey(at, real.address, real.port)
+                if real.weight == 0 and key in clocks and key not in self.drains.deadlines:
+                    self.drains.restore(key, clocks[key], now)
+
+    @property
+    def problems(self) -> tuple[Problem, ...]:
+        """Services that cannot have what they ask for."""
+        return self.desired.conflicts
+
+    # --------------------------------------------------------------------------------------------------- planning
+
+    def plan(self, only: Collection[VirtualAddress] | None = None) -> Plan:
+        """What a sync would do now. Keeps the drain clocks of what the plan starts to drain."""
+        desired, held = self.desired.servers, self.held.servers
+        keys = desired.keys() | held.keys() if only is None else only
+        self._guard_against_mass_delete(keys)
+        wanted: dict[VirtualAddress, VirtualServer] = {}
+        now = self._clock()
+        for at in keys:
+            target = desired.get(at)
+            before = held.get(at)
+            if target is None and at in self.held_back:
+                target = before
+            if self.backend.drains and before is not None:
+                target = self.drains.retain(at, target, before, self.desired.drain_seconds(at), now)
+            if target is not None:
+                wanted[at] = target
+        return diff(self.held, wanted, only)
+
+    def _guard_against_mass_delete(self, keys: Collection[VirtualAddress]) -> None:
+        if self._allow_mass_delete:
+            return
+        desired, held = self.desired.servers, self.held.servers
+        self.held_back -= desired.keys()
+        self.held_back &= held.keys()
+        doomed = {
+            at
+            for at in keys
+            if at in held
+            and at not in desired
+            and (not held[at].real_servers or any(r.weight for r in held[at].real_servers))
+        }
+        doomed |= self.held_back
+        if len(doomed) >= MASS_DELETE_LEAST and len(doomed) > MASS_DELETE_SHARE * len(held):
+            self.held_back = doomed
+        else:
+            self.held_back.clear()
+
+    def release(self) -> None:
+        """Somebody said that the mass delete is meant."""
+        self._allow_mass_delete = True
+        self.held_back.clear()
+
+    # ---------------------------------------------------------------------------------------------------- syncing
+
+    def sync(self, cause: str, only: Collection[VirtualAddress] | None = None) -> SyncReport:
+        """Plan, commit, learn. With `only`, just those virtual addresses, at a cost of O(len(only))."""
+        started = time.perf_counter()
+        adds = sets = deletes = 0
+        plan = Plan()
+        failed: dict[VirtualAddress, KernelError] = {}
+        keys = only
+        for _ in range(TRIES):
+            plan = self.plan(keys)
+            if not plan:
+                break
+            step = plan.counts()
+            adds, sets, deletes = adds + step[0], sets + step[1], deletes + step[2]
+            unsure = self._commit(self.backend.compile(plan), failed)
+            if unsure is None:
+                keys = None
+            elif unsure:
+                keys = unsure
+            else:
+                break
+        else:
+            for at in keys or ():
+                failed.setdefault(at, Unanswered("settle", str(at), 0, "the kernel kept surprising us"))
+        milliseconds = (time.perf_counter() - started) * 1000
+        self._remember(failed, only)
+        self._keep_clocks()
+        changed = adds + sets + deletes
+        if changed:
+            self.generation += 1
+        result: Result = "committed" if changed else "unchanged"
+        if failed:
+            result = "partly" if changed > len(failed) else "failed"
+        return SyncReport(
+            self.generation,
+            cause,
+            result,
+            adds,
+            sets,
+            deletes,
+            milliseconds,
+            tuple(failed.values()),
+            plan.blocked,
+            len(self.held_back),
+        )
+
+    def verify(self, cause: str) -> SyncReport:
+        """Look at everything of ours, fixed parts included, and repair what differs. Writes only what differs."""
+        if not self.backend.intact():
+            self.backend.prepare()
+        self.observe()
+        return self.sync(cause)
+
+    def _commit(
+        self, transaction: Transaction, failed: dict[VirtualAddress, KernelError]
+    ) -> set[VirtualAddress] | None:
+        """What must be planned again: some addresses, or everything (None) when the outcome is unknown."""
+        try:
+            outcome = self.backend.commit(transaction)
+        except Unanswered:
+            self.observe()
+            return None
+        again = set(outcome.unsure)
+        failed.update(outcome.failed)
+        doubtful = again | outcome.failed.keys()
+        self.held.apply(transaction.plan, doubtful)
+        if doubtful:
+            self._look_again(doubtful)
+        return again
+
+    def _look_again(self, at: Collection[VirtualAddress]) -> None:
+        """Replace what we believe of some addresses by what is there."""
+        seen = self.backend.observe(at)
+        for one in at:
+            self.held.drop(one)
+        for server in seen.servers.values():
+            self.held.put(server)
+        for mine, theirs in ((self.held.foreign, seen.foreign), (self.held.ghosts, seen.ghosts)):
+            mine.difference_update(at)
+            mine.update(theirs)
+        self.held.vips, self.held.hairpins = seen.vips, seen.hairpins
+        self.held.partial = seen.partial
+
+    def _remember(self, failed: dict[VirtualAddress, KernelError], only: Collection[VirtualAddress] | None) -> None:
+        if only is None:
+            self.failing = dict(failed)
+        else:
+            for at in only:
+                self.failing.pop(at, None)
+            self.failing.update(failed)
+
+    # --------------------------------------------------------------------------------------------------- draining
+
+    def draining_pass(self, limit: int = 500) -> SyncReport | None:
+        """Let go of real servers whose connections have ended or whose deadline has passed; None = nothing to do.
+
+        Asks the kernel for at most `limit` virtual servers, oldest deadline first.
+        """
+        if not self.drains.deadlines:
+            return None
+        now = self._clock()
+        ripe = {key.at for key in self.drains.expired(now)}
+        deadlines = self.drains.deadlines
+        waiting: dict[VirtualAddress, list[DrainKey]] = {}
+        for key in sorted(deadlines, key=deadlines.__getitem__):
+            waiting.setdefault(key.at, []).append(key)
+        for at, keys in list(waiting.items())[:limit]:
+            try:
+                open_now = self.backend.open_connections(at)
+            except KernelError:
+                ripe.add(at)  # gone already: the sync will see
+                continue
+            for key in keys:
+                if not open_now.get((key.address, key.port), 0):
+                    self.drains.finish(key)
+                    ripe.add(at)
+        return self.sync("drain", ripe) if ripe else None
+
+    def _keep_clocks(self) -> None:
+        """The kernel keeps a copy of each clock, so that a restart goes on with it. Behind the ACK, not before it."""
+        if not self.backend.drains:
+            return
+        deadlines = self.drains.deadlines
+        if deadlines.keys() == self._kept:
+            return
+        now = self._clock()
+        add = {key: max(1, round(deadlines[key] - now)) for key in deadlines.keys() - self._kept}
+        try:
+            self.backend.keep_clocks(add, self._kept - deadlines.keys())
+        except KernelError:
+            return  # tried again at the next sync; until then a restart would start these clocks afresh
+        self._kept = set(deadlines)

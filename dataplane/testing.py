@@ -1,0 +1,139 @@
+"""A public fake of a mode: the same contract over dictionaries, for tests of what stands above a backend.
+
+It passes the contract tests that the real modes pass, and can be told to misbehave like a kernel: refuse an object,
+lose an answer before or after the change took effect, or be changed by somebody else. It proves nothing about a kernel.
+"""
+
+import errno
+from collections.abc import Callable, Collection, Iterator
+from typing import Literal
+
+from msgspec import Struct
+
+from .backend import Outcome, RealCounters, ServerReport, Transaction
+from .drain import DrainKey
+from .errors import KernelError, Unanswered
+from .model import Address, VirtualAddress, VirtualServer
+from .plan import Plan, State
+
+
+class FakeTransaction(Struct, frozen=True):
+    """Prints one line per object: + add, ~ change, - remove."""
+
+    plan: Plan
+
+    def __str__(self) -> str:
+        plan = self.plan
+        lines = [f"+ {server.at} {' '.join(map(str, server.real_servers))}".rstrip() for server in plan.add]
+        lines += [f"~ {change.new.at} {' '.join(map(str, change.new.real_servers))}" for change in plan.change]
+        lines += [f"- {server.at}" for server in plan.remove]
+        return "".join(line + "\n" for line in lines)
+
+
+class FakeBackend:
+    """`backend.Backend` in memory. Immutable values in, immutable values out."""
+
+    mode = "fake"
+
+    def __init__(self, *, drains: bool = False) -> None:
+        self.drains = drains
+        self.servers: dict[VirtualAddress, VirtualServer] = {}
+        self.vips: set[Address] = set()
+        self.hairpins: set[Address] = set()
+        self.foreign: set[VirtualAddress] = set()
+        self.connections: dict[tuple[VirtualAddress, Address, int], int] = {}
+        self.refused: dict[VirtualAddress, int] = {}
+        """Virtual addresses the "kernel" refuses, with the errno."""
+        self.answers: list[Literal["ok", "lost before", "lost after"]] = []
+        """How the next commits end; "ok" when empty."""
+        self.commits: list[FakeTransaction] = []
+        self.prepared = False
+        self.touched = False
+        self.kept: dict[DrainKey, float] = {}
+
+    def prepare(self) -> None:
+        """Contract."""
+        self.prepared = True
+
+    def observe(self, only: Collection[VirtualAddress] | None = None) -> State:
+        """Contract."""
+        servers = (s for at, s in self.servers.items() if only is None or at in only)
+        return State(servers, self.vips, self.hairpins, self.foreign if only is None else self.foreign & set(only))
+
+    def compile(self, plan: Plan) -> FakeTransaction:
+        """Contract."""
+        return FakeTransaction(plan)
+
+    def commit(self, transaction: Transaction) -> Outcome:
+        """Contract."""
+        assert isinstance(transaction, FakeTransaction)
+        answer = self.answers.pop(0) if self.answers else "ok"
+        if answer == "lost before":
+            raise Unanswered("wait for", "the kernel", errno.ETIMEDOUT)
+        plan = transaction.plan
+        self.commits.append(transaction)
+        wanted = [*plan.add, *(change.new for change in plan.change)]
+        failed = {
+            s.at: KernelError("add virtual server", str(s.at), self.refused[s.at])
+            for s in wanted
+            if s.at in self.refused
+        }
+        unsure = {s.at for s in plan.add if s.at in self.servers}
+        unsure |= {change.new.at for change in plan.change if change.new.at not in self.servers}
+        state = self.observe()
+        state.apply(plan, failed.keys() | unsure)
+        self.servers, self.vips, self.hairpins = state.servers, state.vips, state.hairpins
+        if answer == "lost after":
+            raise Unanswered("wait for", "the kernel", errno.ENOBUFS)
+        return Outcome(failed, frozenset(unsure))
+
+    def intact(self) -> bool:
+        """Contract."""
+        return self.prepared
+
+    def clocks(self) -> dict[DrainKey, float]:
+        """Contract."""
+        return dict(self.kept)
+
+    def keep_clocks(self, add: dict[DrainKey, int], remove: Collection[DrainKey]) -> None:
+        """Contract."""
+        for key in remove:
+            self.kept.pop(key, None)
+        self.kept.update(add)
+
+    def open_connections(self, at: VirtualAddress) -> dict[tuple[Address, int], int]:
+        """Contract."""
+        if at not in self.servers:
+            raise KernelError("list real servers of", str(at), errno.ESRCH)
+        reals = self.servers[at].real_servers
+        return {(r.address, r.port): self.connections.get((at, r.address, r.port), 0) for r in reals}
+
+    def report(self) -> Iterator[ServerReport]:
+        """Contract."""
+        for at, server in sorted(self.servers.items()):
+            rows = tuple(
+                (r, RealCounters(self.connections.get((at, r.address, r.port), 0), 0, 0)) for r in server.real_servers
+            )
+            yield ServerReport(server, 0, 0, rows, at not in self.foreign)
+
+    def monitors(self) -> tuple[int, ...]:
+        """Contract."""
+        return ()
+
+    def disturbed(self) -> bool:
+        """Contract."""
+        touched, self.touched = self.touched, False
+        return touched
+
+    def remove(self) -> None:
+        """Contract."""
+        self.servers = {at: server for at, server in self.servers.items() if at in self.foreign}
+        self.vips, self.hairpins, self.kept, self.prepared = set(), set(), {}, False
+
+    def close(self) -> None:
+        """Contract."""
+
+    def meddle(self, change: Callable[["FakeBackend"], None]) -> None:
+        """Somebody else changes the "kernel" behind our back, and a notification tells of it."""
+        change(self)
+        self.touched = True
