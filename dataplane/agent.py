@@ -1,0 +1,329 @@
+"""The daemon: a source's updates, the kernel's notifications and three timers, turned into syncs one after another.
+
+    source.updates() ──┐
+    kernel monitors  ──┼─▶ wake ─▶ take ─▶ sync / verify / draining pass ─▶ one log line each
+    timers, signals  ──┘
+
+Everything happens in one thread and one task, so no two syncs ever overlap. A second agent in the same network
+namespace is refused: the lock is an abstract unix socket, which belongs to the namespace as the kernel state does and
+vanishes with the process. The same socket answers `dataplane status`.
+"""
+
+import asyncio
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import socket
+import time
+from collections.abc import AsyncIterator, Iterator
+from typing import Any, Protocol
+
+from msgspec import Struct
+
+from .errors import AgentUnreachable, DataplaneError, KernelError
+from .model import Problem, Update, VirtualAddress
+from .printable import printable
+from .reconciler import Reconciler, SyncReport
+
+SOCKET = "\0dataplane-agent"
+STATUS_TIMEOUT = 5.0
+DISTURBANCE_PAUSE = 0.2
+"""Seconds between somebody else's change and our look at it: changes come in bursts, and one look serves a burst."""
+BACKOFF_LEAST, BACKOFF_MOST = 1.0, 60.0
+
+
+class AgentOptions(Struct, frozen=True):
+    """How often the agent looks by itself, in seconds."""
+
+    resync_seconds: float = 30.0
+    drain_poll_seconds: float = 1.0
+
+
+class Source(Protocol):
+    """Where Services come from (manifest files, a Kubernetes API)."""
+
+    def read(self) -> Update:
+        """Everything that changed since the last read; the first time, everything."""
+
+    def updates(self) -> AsyncIterator[Update]:
+        """The same, as changes happen."""
+
+    @property
+    def problems(self) -> tuple[Problem, ...]:
+        """All that is wrong with the input at this moment."""
+
+
+class Log(Protocol):
+    """What the agent needs of a structlog logger."""
+
+    def info(self, event: str, **fields: Any) -> Any: ...
+    def warning(self, event: str, **fields: Any) -> Any: ...
+    def error(self, event: str, **fields: Any) -> Any: ...
+
+
+class Agent:
+    """One node's agent for one mode. `run` returns after SIGTERM or SIGINT; the kernel keeps what was programmed."""
+
+    def __init__(self, reconciler: Reconciler, source: Source, options: AgentOptions, log: Log) -> None:
+        self._reconciler = reconciler
+        self._source = source
+        self._options = options
+        self._log = log
+        self._wake = asyncio.Event()
+        self._stop = asyncio.Event()
+        self._updates: list[Update] = []
+        self._reload = False
+        self._disturbed_at: float | None = None
+        self._retry_at: float | None = None
+        self._backoff = BACKOFF_LEAST
+        self._told: set[Problem] = set()
+        self._last: SyncReport | None = None
+        self._last_error = ""
+        self._started = time.time()
+        self._synced_at = 0.0
+
+    # ------------------------------------------------------------------------------------------------------ running
+
+    async def run(self) -> None:
+        """Adopt what is there, then keep it right until told to stop."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop_now)
+        loop.add_signal_handler(signal.SIGHUP, self._reload_now)
+        with agent_lock() as lock:
+            server = await asyncio.start_unix_server(self._answer, sock=lock)
+            reader = asyncio.create_task(self._read_source())
+            try:
+                self._begin()
+                monitors = self._reconciler.backend.monitors()
+                for descriptor in monitors:
+                    loop.add_reader(descriptor, self._kernel_spoke)
+                await self._work(reader)
+                for descriptor in monitors:
+                    loop.remove_reader(descriptor)
+            finally:
+                reader.cancel()
+                with contextlib.suppress(asyncio.CancelledError, Exception):
+                    await reader
+                server.close()
+        self._log.info("stopped", mode=self._reconciler.backend.mode, kernel="left as it is")
+
+    def _begin(self) -> None:
+        """First sync: the source is read before anything is compared, so nothing is deleted for want of news."""
+        reconciler = self._reconciler
+        update = self._source.read()
+        reconciler.take(update)
+        self._tell_problems()
+        reconciler.backend.prepare()
+        reconciler.observe()
+        self._report(reconciler.sync("start"))
+        give_memory_back()
+
+    async def _work(self, reader: "asyncio.Task[None]") -> None:
+        next_verify = time.monotonic() + self._options.resync_seconds
+        while not self._stop.is_set():
+            await self._sleep(next_verify)
+            if reader.done():
+                reader.result()  # a dead source is not a quiet one: its error ends the agent
+            now = time.monotonic()
+            try:
+                if self._take_updates():
+                    pass
+                elif self._due(self._disturbed_at, now):
+                    self._disturbed_at = None
+                    self._report(self._reconciler.verify("disturbed"))
+                elif self._reload or now >= next_verify or self._due(self._retry_at, now):
+                    cause = "reload" if self._reload else "retry" if now < next_verify else "resync"
+                    self._reload, self._retry_at = False, None
+                    took = time.monotonic()
+                    self._report(self._reconciler.verify(cause))
+                    took = time.monotonic() - took
+                    # a look must never cost more than about 1 % of a processor, whatever the table's size
+                    next_verify = time.monotonic() + max(self._options.resync_seconds, 100 * took)
+                drained = self._reconciler.draining_pass()
+                if drained:
+                    self._report(drained)
+            except (KernelError, OSError) as error:
+                self._fail(error)
+
+    async def _sleep(self, until: float) -> None:
+        """Until something happens or something is due."""
+        due = [until]
+        due += [moment for moment in (self._disturbed_at, self._retry_at) if moment is not None]
+        if self._reconciler.drains.deadlines:
+            due.append(time.monotonic() + self._options.drain_poll_seconds)
+        if not (self._updates or self._reload or self._stop.is_set()):
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), max(0.0, min(due) - time.monotonic()))
+        self._wake.clear()
+
+    @staticmethod
+    def _due(moment: float | None, now: float) -> bool:
+        return moment is not None and now >= moment
+
+    def _take_updates(self) -> bool:
+        """Everything that has arrived becomes one sync of the Services it names."""
+        if not self._updates:
+            return False
+        waiting, self._updates = self._updates, []
+        touched: set[VirtualAddress] = set()
+        for update in waiting:
+            touched |= self._reconciler.take(update)
+        self._tell_problems()
+        if touched:
+            self._report(self._reconciler.sync("change", touched))
+        return True
+
+    async def _read_source(self) -> None:
+        async for update in self._source.updates():
+            self._updates.append(update)
+            self._wake.set()
+
+    # ------------------------------------------------------------------------------------------------------- events
+
+    def _stop_now(self) -> None:
+        self._stop.set()
+        self._wake.set()
+
+    def _reload_now(self) -> None:
+        self._log.info("reload", reason="SIGHUP")
+        self._updates.append(self._source.read())
+        self._reload = True
+        self._wake.set()
+
+    def _kernel_spoke(self) -> None:
+        if self._reconciler.backend.disturbed() and self._disturbed_at is None:
+            self._disturbed_at = time.monotonic() + DISTURBANCE_PAUSE
+            self._wake.set()
+
+    # -------------------------------------------------------------------------------------------------------- telling
+
+    def _report(self, report: SyncReport) -> None:
+        self._last = report
+        self._synced_at = time.time()
+        if report.failed:
+            self._retry_at = time.monotonic() + self._backoff
+            self._backoff = min(self._backoff * 2, BACKOFF_MOST)
+        else:
+            self._retry_at, self._backoff, self._last_error = None, BACKOFF_LEAST, ""
+        if report.result == "unchanged" and report.cause not in ("start", "reload"):
+            return
+        fields = sync_fields(report, self._reconciler.backend.mode)
+        if report.failed or report.blocked or report.held_back:
+            self._log.warning("sync", **fields)
+        else:
+            self._log.info("sync", **fields)
+
+    def _fail(self, error: Exception) -> None:
+        """A sync that could not be carried out: what we know is stale, so look again after a pause."""
+        self._last_error = str(error)
+        self._retry_at = time.monotonic() + self._backoff
+        self._backoff = min(self._backoff * 2, BACKOFF_MOST)
+        self._log.error("sync", mode=self._reconciler.backend.mode, result="failed", error=printable(str(error)))
+
+    def _tell_problems(self) -> None:
+        standing = {*self._source.problems, *self._reconciler.problems}
+        for problem in sorted(standing - self._told):
+            self._log.warning("bad input", problem=printable(str(problem), 500))
+        for problem in sorted(self._told - standing):
+            self._log.info("input mended", problem=printable(str(problem), 500))
+        self._told = standing
+
+    def status(self) -> dict[str, Any]:
+        """What `dataplane status` shows. Times in seconds since the epoch."""
+        reconciler = self._reconciler
+        last = self._last
+        return {
+            "schemaVersion": 1,
+            "pid": os.getpid(),
+            "mode": reconciler.backend.mode,
+            "startedAt": self._started,
+            "lastSyncAt": self._synced_at,
+            "lastSync": sync_fields(last, reconciler.backend.mode) if last else None,
+            "lastError": self._last_error,
+            "healthy": not (self._last_error or reconciler.failing or reconciler.held_back),
+            "virtualServers": len(reconciler.held.servers),
+            "wantedVirtualServers": len(reconciler.desired.servers),
+            "draining": len(reconciler.drains.deadlines),
+            "heldBack": len(reconciler.held_back),
+            "failing": [f"{at}: {error}" for at, error in sorted(reconciler.failing.items())],
+            "problems": [str(problem) for problem in sorted(self._told)],
+        }
+
+    async def _answer(self, _: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            writer.write(json.dumps(self.status()).encode())
+            await asyncio.wait_for(writer.drain(), STATUS_TIMEOUT)
+        writer.close()
+
+
+def sync_fields(report: SyncReport, mode: str) -> dict[str, Any]:
+    """A sync as the fields of its one log line."""
+    fields: dict[str, Any] = {
+        "mode": mode,
+        "generation": report.generation,
+        "cause": report.cause,
+        "adds": report.adds,
+        "sets": report.sets,
+        "deletes": report.deletes,
+        "milliseconds": round(report.milliseconds, 3),
+        "result": report.result,
+    }
+    if report.failed:
+        fields["failed"] = [printable(str(error)) for error in report.failed]
+    if report.blocked:
+        fields["blocked"] = [f"{at}: somebody else's virtual server is there" for at in report.blocked]
+    if report.held_back:
+        fields["held_back"] = (
+            f"{report.held_back} virtual servers would go at once: not removed (--allow-mass-delete removes them)"
+        )
+    return fields
+
+
+@contextlib.contextmanager
+def agent_lock() -> Iterator[socket.socket]:
+    """Be the only one who programs this network namespace; DataplaneError names the process that already does."""
+    lock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        lock.bind(SOCKET)
+        lock.listen(16)
+        lock.setblocking(False)
+    except OSError:
+        lock.close()
+        holder = _holder()
+        raise DataplaneError(
+            f"an agent runs in this network namespace already{f' (pid {holder})' if holder else ''}: "
+            "change its manifests, or stop it first"
+        ) from None
+    with lock:
+        yield lock
+
+
+def _holder() -> int:
+    """The process at the other end of the lock; 0 when it has just gone."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe, contextlib.suppress(OSError):
+        probe.settimeout(STATUS_TIMEOUT)
+        probe.connect(SOCKET)
+        return int.from_bytes(probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)[:4], "little")
+    return 0
+
+
+def read_status() -> dict[str, Any]:
+    """The status of the agent in this network namespace; AgentUnreachable when none answers."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+        client.settimeout(STATUS_TIMEOUT)
+        try:
+            client.connect(SOCKET)
+            text = b"".join(iter(lambda: client.recv(1 << 16), b""))
+            status: dict[str, Any] = json.loads(text)
+        except (OSError, ValueError) as error:
+            raise AgentUnreachable(f"no agent answers in this network namespace ({error})") from None
+    return status
+
+
+def give_memory_back() -> None:
+    """Hand what the first load needed back to the system (glibc keeps it otherwise); elsewhere nothing happens."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)

@@ -1,0 +1,446 @@
+"""ipvs mode: virtual servers over generic netlink, VIPs on kube-ipvs0, and a guard table in front.
+
+Three kernel subsystems make one mode, and there is no transaction across them, so a commit is ordered such that every
+prefix of it is safe for traffic (a process may die between any two steps; the next one compares and goes on):
+
+1. guard: ledger entry, VIP and hairpin elements (the ledger says "ours" before the server exists);
+2. IPVS: new virtual servers with their real servers, then changes (new real servers before old ones lose weight);
+3. VIPs become local: from here on clients reach the new servers; then VIPs no longer needed go;
+4. IPVS: removals;
+5. guard: entries of what is gone.
+
+IPVS has no owner field. What is ours is written in the guard table's sets, which live and die with the kernel's state.
+"""
+
+import contextlib
+import errno
+from collections.abc import Callable, Collection, Iterable, Iterator
+
+import msgspec
+from msgspec import Struct
+
+from . import ipvsadm_text
+from .backend import Options, Outcome, RealCounters, ServerReport, Transaction
+from .drain import DrainKey
+from .errors import KernelError, NotRoot, PreflightError, ToolError
+from .ipvs_guard import TABLE, Elements, Guard, GuardOptions
+from .ipvs_messages import (
+    COMMAND_NAMES,
+    DATA,
+    DEL_DEST,
+    DEL_SERVICE,
+    FAMILY_NAME,
+    GET_INFO,
+    NEW_DEST,
+    NEW_SERVICE,
+    SET_CONFIG,
+    SET_DEST,
+    SET_SERVICE,
+    Encoder,
+    InfoAttrs,
+    RealEntry,
+    ServerEntry,
+    decode_real,
+    decode_server,
+    name_message,
+)
+from .model import Address, NoServers, VirtualAddress, VirtualServer, format_endpoint
+from .netlink_nftables import GROUP as NFTABLES_GROUP
+from .netlink_nftables import INET, foreign_touches
+from .netlink_route import GROUPS as ROUTE_GROUPS
+from .netlink_route import VipBinding, VipDevice, VipRoutes
+from .netlink_socket import (
+    HEADER,
+    NETLINK_GENERIC,
+    NETLINK_NETFILTER,
+    NETLINK_ROUTE,
+    Failure,
+    NetlinkSocket,
+    kernel_error,
+    resolve_family,
+)
+from .plan import Plan, State
+from .procfs_sysctl import IPVS_SYSCTLS, STRICT_ARP_SYSCTLS, apply, running_kernel
+from .run_tool import run_tool
+
+MODULES = ("ip_vs", "ip_vs_rr", "nf_conntrack", "dummy")
+
+_HINTS = {
+    (NEW_SERVICE, errno.ENOENT): "the kernel has no such scheduler (module ip_vs_<scheduler>)",
+    (SET_SERVICE, errno.ENOENT): "the kernel has no such scheduler (module ip_vs_<scheduler>)",
+    (NEW_SERVICE, errno.EAFNOSUPPORT): "the kernel's IPVS has no IPv6 (CONFIG_IP_VS_IPV6)",
+    (NEW_SERVICE, errno.EPROTONOSUPPORT): "the kernel's IPVS does not know this protocol (CONFIG_IP_VS_PROTO_*)",
+    (NEW_SERVICE, errno.EINVAL): "the kernel does not accept these attributes",
+    (NEW_DEST, errno.EINVAL): "the kernel does not accept this address or weight",
+}
+# the kernel held something else than we knew; the next look decides, and mostly there is nothing left to do
+_SURPRISES = {
+    (NEW_SERVICE, errno.EEXIST),
+    (NEW_DEST, errno.EEXIST),
+    (NEW_DEST, errno.ESRCH),
+    (SET_SERVICE, errno.ESRCH),
+    (SET_DEST, errno.ESRCH),
+    (SET_DEST, errno.ENOENT),
+}
+_ALREADY_GONE = {(DEL_SERVICE, errno.ESRCH), (DEL_DEST, errno.ESRCH), (DEL_DEST, errno.ENOENT)}
+
+
+def open_backend(options: Options) -> "IpvsBackend":
+    """The backend in the calling thread's network namespace; PreflightError when the kernel has no IPVS."""
+    return IpvsBackend(options)
+
+
+class IpvsTransaction(Struct, frozen=True):
+    """A plan with its guard elements; prints as `ipvsadm -R`, `ip -batch` and `nft -f` text in the order of commit."""
+
+    plan: Plan
+    guard_add: Elements
+    guard_replace: Elements
+    guard_remove: Elements
+    script: Callable[[Elements, Elements], str]
+    bind_commands: Callable[[Iterable[Address], Iterable[Address]], str]
+
+    def __str__(self) -> str:
+        plan = self.plan
+        blocks = [
+            ("nft -f -", self.script(self.guard_add, self.guard_replace)),
+            ("ipvsadm -R", "".join(line + "\n" for line in _rules_before(plan))),
+            ("ip -batch -", self.bind_commands(plan.bind, plan.unbind)),
+            ("ipvsadm -R", "".join(line + "\n" for line in _rules_after(plan))),
+            ("nft -f -", self.script(Elements(), self.guard_remove)),
+        ]
+        return "".join(f"# {tool}\n{text}" for tool, text in blocks if text)
+
+
+def _rules_before(plan: Plan) -> Iterator[str]:
+    """What `_messages_before` sends, sorted for the reader: between servers the order means nothing."""
+    for server in sorted(plan.add, key=lambda each: each.at):
+        yield ipvsadm_text.server_rule("-A", server)
+        for real in server.real_servers:
+            yield ipvsadm_text.real_rule("-a", server, real)
+    for change in sorted(plan.change, key=lambda each: each.new.at):
+        add, edit, _ = change.reals()
+        if _edited(change.old, change.new):
+            yield ipvsadm_text.server_rule("-E", change.new)
+        for real in add:
+            yield ipvsadm_text.real_rule("-a", change.new, real)
+        for real in edit:
+            yield ipvsadm_text.real_rule("-e", change.new, real)
+
+
+def _rules_after(plan: Plan) -> Iterator[str]:
+    for change in sorted(plan.change, key=lambda each: each.new.at):
+        for real in change.reals()[2]:
+            yield ipvsadm_text.real_rule("-d", change.new, real)
+    for server in sorted(plan.remove, key=lambda each: each.at):
+        yield ipvsadm_text.server_rule("-D", server)
+
+
+def _edited(old: VirtualServer, new: VirtualServer) -> bool:
+    """Something IPVS itself keeps of a virtual server differs (label, bound and the like live elsewhere)."""
+
+    def kept(server: VirtualServer) -> tuple[object, ...]:
+        return server.scheduler, server.flags, server.persistence, server.persistence_prefix
+
+    return kept(old) != kept(new)
+
+
+class IpvsBackend:
+    """`backend.Backend` for IPVS."""
+
+    mode = "ipvs"
+    drains = True
+
+    def __init__(self, options: Options) -> None:
+        self._options = options
+        self._route = NetlinkSocket(NETLINK_ROUTE)
+        self._netfilter = NetlinkSocket(NETLINK_NETFILTER)
+        self._genl = NetlinkSocket(NETLINK_GENERIC)
+        self._guard = Guard(self._netfilter, GuardOptions(options.masquerade_all, options.cluster_cidrs))
+        self._vips: VipBinding = VipRoutes(self._route) if options.vip_binding == "routes" else VipDevice(self._route)
+        self._known_encoder: Encoder | None = None
+        self._monitors: tuple[NetlinkSocket, NetlinkSocket] | None = None
+        self._ledger_lost = False
+
+    @property
+    def _encoder(self) -> Encoder:
+        if self._known_encoder is None:
+            try:
+                self._known_encoder = Encoder(resolve_family(self._genl, FAMILY_NAME))
+            except KernelError as error:
+                if error.errno != errno.ENOENT:
+                    raise
+                raise PreflightError("this kernel has no IPVS (module ip_vs)", "modprobe ip_vs") from None
+        return self._known_encoder
+
+    # ------------------------------------------------------------------------------------------------ contract
+
+    def prepare(self) -> None:
+        """Load modules, set sysctls, make kube-ipvs0 and the guard table; nothing is written that is there already."""
+        _load_modules(lambda: self._encoder)
+        apply(IPVS_SYSCTLS + (STRICT_ARP_SYSCTLS if self._options.strict_arp else ()), running_kernel())
+        made_device = self._vips.ensure()
+        # without its ledger the device still proves which VIPs are ours: adopt their servers, traffic goes on
+        self._ledger_lost = not self._guard.exists() and not made_device
+        self._guard.ensure()
+        if any(self._options.timeouts):
+            tcp, fin, udp = self._options.timeouts
+            request = self._encoder.command(SET_CONFIG, timeout_tcp=tcp, timeout_tcp_fin=fin, timeout_udp=udp)
+            self._genl.request(request, "set", "IPVS timeouts")
+
+    def observe(self, only: Collection[VirtualAddress] | None = None) -> State:
+        """What the kernel holds of ours.
+
+        IPVS dumps are hints: the kernel resumes them by position and never tells that one was torn. A server that the
+        ledger knows and the dump lacks is asked for by its key; adds and deletes are judged by their own answers.
+        """
+        ledger = self._guard.observe() if self._guard.exists() else Elements()
+        bound = self._vips.bound() if self._vips.exists() else set()
+        state = State(vips=bound | ledger.vips, hairpins=ledger.hairpins, partial=bound ^ ledger.vips)
+        for entry in self._servers(ledger.servers.keys() if only is None else only, everything=only is None):
+            at = entry.server.at
+            if at not in ledger.servers and not (self._ledger_lost and at.address in bound):
+                state.foreign.add(at)
+                continue
+            reals = [
+                msgspec.structs.replace(one.real, local=one.real.address in ledger.hairpins)
+                for one in self._reals(self._encoder.get_reals(at))
+            ]
+            dropped = at in ledger.dropped
+            state.put(
+                msgspec.structs.replace(
+                    entry.server,
+                    real_servers=tuple(sorted(reals)),
+                    no_servers=NoServers.DROP if dropped else NoServers.REJECT,
+                    label=ledger.servers.get(at, ""),
+                )
+            )
+        owned = ledger.servers.keys() | ledger.dropped
+        state.ghosts |= (owned if only is None else owned & set(only)) - state.servers.keys()
+        return state
+
+    def compile(self, plan: Plan) -> "IpvsTransaction":
+        """The plan with the guard elements that belong to it."""
+        add = Elements(vips=set(plan.bind), hairpins=set(plan.hairpin_add))
+        drop = Elements(vips=set(plan.unbind), hairpins=set(plan.hairpin_remove))
+        replaced = Elements()
+        for server in plan.add:
+            _note(add, server)
+        for old, new in plan.change:
+            if old.label != new.label or old.no_servers != new.no_servers:
+                _note(replaced, old)
+                _note(add, new)
+        for server in plan.remove:
+            _note(drop, server)
+            drop.dropped.add(server.at)
+        return IpvsTransaction(plan, add, replaced, drop, self._guard.script, self._vips.commands)
+
+    def commit(self, transaction: Transaction) -> Outcome:
+        """The five steps of the module's docstring; IPVS failures are mapped back to their virtual addresses."""
+        assert isinstance(transaction, IpvsTransaction)
+        plan, encoder = transaction.plan, self._encoder
+        failed: dict[VirtualAddress, KernelError] = {}
+        unsure: set[VirtualAddress] = set()
+        if _any(transaction.guard_add) or _any(transaction.guard_replace):
+            self._guard.commit(transaction.guard_add, transaction.guard_replace)
+        _sort_out(self._genl.batch(_messages_before(encoder, plan)), failed, unsure)
+        refused = self._vips.bind(plan.bind) if plan.bind else []
+        refused += self._vips.unbind(plan.unbind) if plan.unbind else []
+        _sort_out(self._genl.batch(_messages_after(encoder, plan)), failed, unsure)
+        if _any(transaction.guard_remove):
+            self._guard.commit(Elements(), transaction.guard_remove)
+        for address, error in refused:
+            for server in (*plan.add, *(change.new for change in plan.change), *plan.remove):
+                if server.at.address == address:
+                    failed[server.at] = error
+        return Outcome(failed, frozenset(unsure - failed.keys()))
+
+    def intact(self) -> bool:
+        """kube-ipvs0 and the guard's chains, rules and sets are there, unchanged."""
+        return self._vips.exists() and self._guard.intact()
+
+    def clocks(self) -> dict[DrainKey, float]:
+        """Seconds left on the drain clocks in the guard table."""
+        if not self._guard.exists():
+            return {}
+        return {DrainKey(*key): left for key, left in self._guard.observe().draining.items()}
+
+    def keep_clocks(self, add: dict[DrainKey, int], remove: Collection[DrainKey]) -> None:
+        """Drain clocks as set elements with a timeout: the kernel counts them down, whoever lives or dies."""
+        starting = {(key.at, key.address, key.port): seconds for key, seconds in add.items()}
+        ending = {(key.at, key.address, key.port): 0 for key in remove}
+        if starting or ending:
+            self._guard.commit(Elements(draining=starting), Elements(draining=ending))
+
+    def open_connections(self, at: VirtualAddress) -> dict[tuple[Address, int], int]:
+        """Active and inactive connections of each real server (a closed one lingers as inactive in TIME_WAIT)."""
+        reals = self._reals(self._encoder.get_reals(at))
+        return {(one.real.address, one.real.port): one.active + one.inactive for one in reals}
+
+    def report(self) -> Iterator[ServerReport]:
+        """Every virtual server of the kernel, in ipvsadm's order, with the kernel's counters."""
+        ledger = self._guard.observe() if self._guard.exists() else Elements()
+        for entry, reals in ipvsadm_text.in_order(self.listing()):
+            at = entry.server.at
+            server = msgspec.structs.replace(
+                entry.server, label=ledger.servers.get(at, ""), real_servers=tuple(one.real for one in reals)
+            )
+            rows = tuple(
+                (
+                    one.real,
+                    RealCounters(
+                        one.active,
+                        one.inactive,
+                        one.traffic.connections,
+                        one.traffic.bytes_in,
+                        one.traffic.bytes_out,
+                    ),
+                )
+                for one in ipvsadm_text.sorted_reals(reals)
+            )
+            yield ServerReport(server, entry.fwmark, entry.traffic.connections, rows, at in ledger.servers)
+
+    def listing(self) -> list[tuple[ServerEntry, list[RealEntry]]]:
+        """Everything IPVS holds, ours or not, as the kernel tells it."""
+        listing = []
+        for entry in map(decode_server, self._genl.dump(self._encoder.get_servers())):
+            at = entry.server.at
+            asked = (
+                self._encoder.get_reals_of_mark(entry.fwmark, entry.family)
+                if entry.fwmark
+                else self._encoder.get_reals(at)
+            )
+            listing.append((entry, self._reals(asked)))
+        return listing
+
+    def info(self) -> tuple[int, int]:
+        """(version code, size of the connection table) of the kernel's IPVS."""
+        values = InfoAttrs.decode(self._genl.get(self._encoder.command(GET_INFO), "get", "IPVS info"), DATA)
+        return values["version"], values["conn_tab_size"]
+
+    def monitors(self) -> tuple[int, ...]:
+        """Sockets on which the kernel tells of link, address, route and nftables changes."""
+        if self._monitors is None:
+            self._monitors = (
+                NetlinkSocket(NETLINK_ROUTE, groups=ROUTE_GROUPS),
+                NetlinkSocket(NETLINK_NETFILTER, groups=(NFTABLES_GROUP,)),
+            )
+        return tuple(sock.fileno() for sock in self._monitors)
+
+    def disturbed(self) -> bool:
+        """Somebody else changed our device, our addresses or our table, or we cannot know (events were lost)."""
+        if self._monitors is None:
+            return False
+        links, lost_links = self._monitors[0].notifications()
+        tables, lost_tables = self._monitors[1].notifications()
+        ours = self._route.port
+        touched = any(self._vips.concerns(each) for each in links if HEADER.unpack_from(each)[4] != ours)
+        touched = touched or bool(foreign_touches(tables, INET, TABLE, (self._netfilter.port,)))
+        return touched or lost_links or lost_tables
+
+    def remove(self) -> None:
+        """Take away our servers (those in the ledger), kube-ipvs0 and the guard table."""
+        if self._guard.exists():
+            ledger = self._guard.observe()
+            try:
+                encoder = self._encoder
+            except PreflightError:
+                pass  # no IPVS in this kernel, so no servers either
+            else:
+                servers = (VirtualServer(at) for at in ledger.servers)
+                failed: dict[VirtualAddress, KernelError] = {}
+                _sort_out(self._genl.batch(encoder.server(DEL_SERVICE, s) for s in servers), failed, set())
+                for error in failed.values():
+                    raise error
+        self._vips.remove()
+        self._guard.delete()
+
+    def close(self) -> None:
+        """Give descriptors back."""
+        for sock in (self._route, self._netfilter, self._genl, *(self._monitors or ())):
+            sock.close()
+
+    # ------------------------------------------------------------------------------------------------- reading
+
+    def _servers(self, at: Iterable[VirtualAddress], *, everything: bool) -> Iterator[ServerEntry]:
+        """Entries of the whole table, or of those addresses; then what a torn dump may have left out, by key."""
+        missing = set(at)
+        if everything:
+            for entry in map(decode_server, self._genl.dump(self._encoder.get_servers())):
+                if not entry.fwmark:
+                    missing.discard(entry.server.at)
+                    yield entry
+        for each in missing:
+            try:
+                yield decode_server(self._genl.get(self._encoder.get_server(each), "get virtual server", str(each)))
+            except KernelError as error:
+                if error.errno != errno.ESRCH:
+                    raise
+
+    def _reals(self, request: bytes) -> list[RealEntry]:
+        return [decode_real(answer) for answer in self._genl.dump(request)]
+
+
+def _load_modules(try_it: Callable[[], object]) -> None:
+    """Load modules only when trying fails; raises what the second try raises."""
+    try:
+        try_it()
+    except PreflightError:
+        for module in MODULES:
+            # built in, or not there at all: using it tells, and says so better
+            with contextlib.suppress(ToolError, PreflightError):
+                run_tool(["modprobe", module])
+        try_it()
+
+
+def _any(elements: Elements) -> bool:
+    """Whether there is anything in them."""
+    return any(msgspec.structs.astuple(elements))
+
+
+def _note(elements: Elements, server: VirtualServer) -> None:
+    """A server's own entries in the guard table."""
+    elements.servers[server.at] = server.label
+    if server.no_servers is NoServers.DROP and not server.real_servers:
+        elements.dropped.add(server.at)
+
+
+def _messages_before(encoder: Encoder, plan: Plan) -> Iterator[bytes]:
+    """Everything that adds or changes; encoded while earlier chunks are already with the kernel."""
+    yield from map(encoder.new_server, plan.add)
+    for change in plan.change:
+        new = change.new
+        add, edit, _ = change.reals()
+        if _edited(change.old, new):
+            yield encoder.server(SET_SERVICE, new)
+        for real in add:
+            yield encoder.real(NEW_DEST, new, real)
+        for real in edit:
+            yield encoder.real(SET_DEST, new, real)
+
+
+def _messages_after(encoder: Encoder, plan: Plan) -> Iterator[bytes]:
+    for change in plan.change:
+        for real in change.reals()[2]:
+            yield encoder.real(DEL_DEST, change.new, real)
+    for server in plan.remove:
+        yield encoder.server(DEL_SERVICE, server)
+
+
+def _sort_out(
+    failures: Iterable[Failure], failed: dict[VirtualAddress, KernelError], unsure: set[VirtualAddress]
+) -> None:
+    """Tell failures that only mean "look again" from those that mean "cannot be done"."""
+    for code, message, text in failures:
+        named = name_message(message)
+        if named.at is None or (named.command, code) in _ALREADY_GONE:
+            continue
+        if (named.command, code) in _SURPRISES:
+            unsure.add(named.at)
+            continue
+        what = COMMAND_NAMES.get(named.command, f"IPVS command {named.command}")
+        subject = str(named.at) if named.real is None else f"{format_endpoint(*named.real)} of {named.at}"
+        error = kernel_error(what, subject, code, _HINTS.get((named.command, code), text))
+        if isinstance(error, NotRoot):
+            raise error
+        failed[named.at] = error
