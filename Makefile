@@ -1,0 +1,47 @@
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check vm bench lock clean
+MAKEFLAGS += --no-print-directory
+PYTHON := .venv/bin/python
+ROOT := $(if $(filter 0,$(shell id -u)),,sudo -E)
+
+# Runs a command on a kernel that has IPVS: this one, or else the micro-VM's.
+define on_ipvs_kernel
+	@if $(ROOT) vagrant/has-ipvs.sh; then exec $(ROOT) $(1); \
+	else exec $(ROOT) vagrant/microvm.sh -c 2 -m 4096 -t 3600 -- $(1); fi
+endef
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' Makefile
+
+setup: ## install system packages, kernel modules and .venv (quick when all is there)
+	@vagrant/provision.sh
+
+demo: setup ## Services, endpoints and connections through them, on a kernel with IPVS
+	$(call on_ipvs_kernel,.venv/bin/dataplane demo $(ARGS))
+
+test: setup ## every test, a missing kernel feature being a failure (ARGS=... for pytest)
+	@$(ROOT) env DATAPLANE_REQUIRE_KERNEL=1 $(PYTHON) -m pytest $(ARGS)
+
+check: setup ## what needs neither root nor a special kernel: lint, types, fast tests
+	@.venv/bin/ruff check .
+	@.venv/bin/ruff format --check .
+	@.venv/bin/mypy --strict dataplane tests $(wildcard bench)
+	@$(PYTHON) -m pytest -q -m "not root and not ipvs and not slow" $(ARGS)
+
+# Unexpanded, so that CMD='echo $HOME' is the guest's; exact exit statuses come from vagrant/microvm.sh itself, since make
+# turns every failure into 2.
+vm: export VM_COMMAND = $(value CMD)
+vm: setup ## run CMD='...' in the micro-VM; without CMD a shell there
+	@if [ -n "$$VM_COMMAND" ]; then exec $(ROOT) vagrant/microvm.sh -c 2 -m 4096 -t 3600 -- bash -c "$$VM_COMMAND"; \
+	else exec $(ROOT) vagrant/microvm.sh -c 2 -m 4096 -i; fi
+
+bench: setup ## measure, on a kernel with IPVS (ARGS=... for python -m bench)
+	$(call on_ipvs_kernel,$(PYTHON) -m bench $(ARGS))
+
+lock: ## resolve requirements.lock again (needs uv)
+	@uv pip compile -q --universal --generate-hashes --python-version 3.11 --extra dev --upgrade \
+		--custom-compile-command 'make lock' pyproject.toml -o requirements.lock
+
+clean: ## remove what the other targets made in this folder
+	@rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
