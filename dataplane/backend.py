@@ -35,7 +35,9 @@ class Options(Struct, frozen=True):
 class Transaction(Protocol):
     """A printable commit. `str()` is the mode's own tools' language, ready to be read or piped into them."""
 
-    plan: Plan
+    @property
+    def plan(self) -> Plan:
+        """What was compiled."""
 
     def __str__(self) -> str: ...
 

@@ -46,7 +46,7 @@ from .ipvs_messages import (
 )
 from .model import Address, NoServers, VirtualAddress, VirtualServer, format_endpoint
 from .netlink_nftables import GROUP as NFTABLES_GROUP
-from .netlink_nftables import INET, foreign_touches
+from .netlink_nftables import foreign_touches
 from .netlink_route import GROUPS as ROUTE_GROUPS
 from .netlink_route import VipBinding, VipDevice, VipRoutes
 from .netlink_socket import (
@@ -59,6 +59,7 @@ from .netlink_socket import (
     kernel_error,
     resolve_family,
 )
+from .nftables_messages import INET
 from .plan import Plan, State
 from .procfs_sysctl import IPVS_SYSCTLS, STRICT_ARP_SYSCTLS, apply, running_kernel
 from .run_tool import run_tool

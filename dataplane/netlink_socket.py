@@ -133,12 +133,6 @@ class NetlinkSocket:
         """Give the descriptor back."""
         self._socket.close()
 
-    @property
-    def port(self) -> int:
-        """Our netlink address (nl_pid): notifications of our own changes carry it."""
-        port: int = self._socket.getsockname()[0]
-        return port
-
     def fileno(self) -> int:
         """For select and event loops."""
         return self._socket.fileno()

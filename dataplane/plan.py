@@ -4,7 +4,7 @@
 at the virtual addresses it is given, so a change of one Service costs the same among ten Services and ten thousand.
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from msgspec import Struct
@@ -130,6 +130,12 @@ class Plan(Struct, frozen=True):
             or self.hairpin_add
             or self.hairpin_remove
         )
+
+    def addresses(self) -> Iterator[VirtualAddress]:
+        """The virtual addresses whose servers it adds, changes or removes."""
+        yield from (server.at for server in self.add)
+        yield from (change.new.at for change in self.change)
+        yield from (server.at for server in self.remove)
 
     def counts(self) -> tuple[int, int, int]:
         """Adds, sets and deletes, counted in virtual servers, real servers and addresses."""

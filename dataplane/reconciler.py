@@ -4,6 +4,7 @@ No event loop and no files here: `run`, `apply`, `diff`, the tests and the bench
 the kernel (`held`) changes in two ways only: a commit that the kernel acknowledged, and a look (`observe`).
 """
 
+import errno
 import time
 from collections.abc import Callable, Collection
 from typing import Literal
@@ -158,8 +159,8 @@ class Reconciler:
             else:
                 break
         else:
-            for at in keys or ():
-                failed.setdefault(at, Unanswered("settle", str(at), 0, "the kernel kept surprising us"))
+            for at in plan.addresses():
+                failed.setdefault(at, Unanswered("settle", str(at), errno.EAGAIN, f"no clear answer {TRIES} times"))
         milliseconds = (time.perf_counter() - started) * 1000
         self._remember(failed, only)
         self._keep_clocks()
@@ -168,7 +169,7 @@ class Reconciler:
             self.generation += 1
         result: Result = "committed" if changed else "unchanged"
         if failed:
-            result = "partly" if changed > len(failed) else "failed"
+            result = "partly" if any(at not in failed for at in plan.addresses()) else "failed"
         return SyncReport(
             self.generation,
             cause,

@@ -1,0 +1,166 @@
+"""The contract every mode fulfils: the same table, over the fake here and over each real mode on a real kernel.
+
+A row is a sequence of states to reach; after each step the backend must hold exactly that, need nothing more, and print
+every transaction it made.
+"""
+
+from collections.abc import Iterator
+
+import msgspec
+import pytest
+
+from dataplane.backend import MODES, Backend, Options, open_backend
+from dataplane.model import VirtualServer
+from dataplane.plan import State, diff
+from dataplane.testing import FakeBackend
+
+from .netns import NetNs
+from .words import at, server, shown
+
+
+@pytest.fixture(params=["fake", *(pytest.param(mode, marks=pytest.mark.ipvs) for mode in MODES)])
+def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    if request.param == "fake":
+        yield FakeBackend()
+        return
+    with NetNs.create("contract") as netns, netns.enter():
+        opened = open_backend(request.param, Options())
+        yield opened
+        opened.close()
+
+
+WEB = "TCP 10.0.0.1:80 rr label=default/web:http -> 10.1.0.1:8080, 10.1.0.2:8080"
+DNS = "UDP 10.0.0.10:53 rr label=kube-system/kube-dns:dns -> 10.1.0.3:53"
+V6 = "TCP [fd00::1]:443 wrr label=default/six -> [fd00:1::1]:8443, [fd00:1::2]:8443 w3"
+
+SEQUENCES: dict[str, list[list[str]]] = {
+    "one Service comes and goes": [[WEB], []],
+    "many kinds side by side": [
+        [WEB, DNS, V6, "SCTP 10.0.0.2:132 rr label=a/s -> 10.1.0.9:132"],
+        [WEB, V6],
+    ],
+    "real servers change": [
+        ["TCP 10.0.0.1:80 rr -> 10.1.0.1:8080"],
+        ["TCP 10.0.0.1:80 rr -> 10.1.0.1:8080, 10.1.0.2:8080"],
+        ["TCP 10.0.0.1:80 rr -> 10.1.0.2:8080"],
+        ["TCP 10.0.0.1:80 rr -> 10.1.0.3:9090, 10.1.0.4:8080"],
+        ["TCP 10.0.0.1:80 rr"],
+    ],
+    "weights change": [
+        ["TCP 10.0.0.1:80 wrr -> 10.1.0.1:8080, 10.1.0.2:8080 w5"],
+        ["TCP 10.0.0.1:80 wrr -> 10.1.0.1:8080 w0, 10.1.0.2:8080 w65535"],
+    ],
+    "the server itself changes": [
+        ["TCP 10.0.0.1:80 rr -> 10.1.0.1:8080"],
+        ["TCP 10.0.0.1:80 sh flags=18 -> 10.1.0.1:8080"],
+        ["TCP 10.0.0.1:80 wlc sticky=10800 -> 10.1.0.1:8080"],
+        ["TCP 10.0.0.1:80 rr sticky=1 -> 10.1.0.1:8080"],
+        ["TCP 10.0.0.1:80 rr -> 10.1.0.1:8080"],
+    ],
+    "IPv6 with affinity": [["TCP [fd00::1]:80 rr sticky=300 -> [fd00:1::1]:80"], []],
+    "ports of one VIP come and go": [
+        ["TCP 10.0.0.1:80 rr", "TCP 10.0.0.1:81 rr", "UDP 10.0.0.1:80 rr"],
+        ["TCP 10.0.0.1:81 rr"],
+        ["TCP 10.0.0.1:82 rr"],
+    ],
+    "an endpoint of this node, in two Services": [
+        ["TCP 10.0.0.1:80 rr -> 10.1.0.1:80 here", "TCP 10.0.0.2:80 rr -> 10.1.0.1:80 here"],
+        ["TCP 10.0.0.2:80 rr -> 10.1.0.1:80 here"],
+        [],
+    ],
+    "silence where the policy is Local, and back": [
+        ["TCP 10.0.0.1:80 rr drop"],
+        ["TCP 10.0.0.1:80 rr -> 10.1.0.1:80"],
+        ["TCP 10.0.0.1:80 rr drop"],
+        ["TCP 10.0.0.1:80 rr"],
+    ],
+    "a Service is renamed": [["TCP 10.0.0.1:80 rr label=a/old"], ["TCP 10.0.0.1:80 rr label=a/new"]],
+    "more real servers than fit one template": [
+        ["TCP 10.0.0.1:80 rr -> " + ", ".join(f"10.1.0.{n}:80" for n in range(1, 60))],
+        ["TCP 10.0.0.1:80 rr -> " + ", ".join(f"10.1.0.{n}:80" for n in range(30, 90))],
+    ],
+}
+
+
+def settle(backend: Backend, wanted: list[str]) -> State:
+    """Take the backend from whatever it holds to `wanted`, by observation, plan and commit."""
+    aim = {one.at: one for one in map(server, wanted)}
+    plan = diff(backend.observe(), aim)
+    transaction = backend.compile(plan)
+    if plan:
+        outcome = backend.commit(transaction)
+        assert (outcome.failed, outcome.unsure) == ({}, frozenset())
+        for one in (*plan.add, *plan.remove):
+            assert str(one.at).split()[1] in str(transaction)
+    state = backend.observe()
+    assert sorted(map(shown, state.servers.values())) == sorted(map(shown, aim.values()))
+    assert not diff(state, aim)
+    return state
+
+
+@pytest.mark.parametrize("sequence", SEQUENCES)
+def test_a_sequence_of_states(backend: Backend, sequence: str) -> None:
+    backend.prepare()
+    assert backend.intact()
+    for wanted in SEQUENCES[sequence]:
+        state = settle(backend, wanted)
+        assert state.vips == set(state.needs()[0])
+        assert state.hairpins == set(state.needs()[1])
+
+
+def test_nothing_is_there_before_and_after(backend: Backend) -> None:
+    assert backend.observe().servers == {}
+    backend.prepare()
+    settle(backend, [WEB, DNS, V6])
+    backend.remove()
+    backend.remove()
+    assert not backend.intact()
+    state = backend.observe()
+    assert (state.servers, state.vips, state.hairpins, state.ghosts) == ({}, set(), set(), set())
+
+
+def test_preparing_again_changes_nothing(backend: Backend) -> None:
+    backend.prepare()
+    settle(backend, [WEB])
+    backend.prepare()
+    assert backend.intact()
+    assert [shown(one) for one in backend.observe().servers.values()] == [WEB]
+
+
+def test_a_part_can_be_observed(backend: Backend) -> None:
+    backend.prepare()
+    settle(backend, [WEB, DNS])
+    seen = backend.observe([at("UDP 10.0.0.10:53"), at("TCP 10.9.9.9:1")])
+    assert [shown(one) for one in seen.servers.values()] == [DNS]
+
+
+def test_a_plan_made_from_stale_knowledge_is_unsure_and_not_wrong(backend: Backend) -> None:
+    backend.prepare()
+    settle(backend, [WEB])
+    stale = diff(State(), {at("TCP 10.0.0.1:80"): server(WEB)})
+    outcome = backend.commit(backend.compile(stale))
+    assert outcome.unsure == {at("TCP 10.0.0.1:80")}
+    assert [shown(one) for one in backend.observe().servers.values()] == [WEB]
+    gone = msgspec.structs.replace(server(WEB), at=at("TCP 10.0.0.99:80"))
+    outcome = backend.commit(backend.compile(diff(State([gone]), {})))
+    assert outcome.failed == {}
+
+
+def test_the_report_shows_every_server_with_its_label(backend: Backend) -> None:
+    backend.prepare()
+    settle(backend, [WEB, DNS])
+    rows = {one.server.label: one for one in backend.report()}
+    assert set(rows) == {"default/web:http", "kube-system/kube-dns:dns"}
+    web = rows["default/web:http"]
+    assert web.ours
+    assert [str(real) for real, _ in web.reals] == ["10.1.0.1:8080", "10.1.0.2:8080"]
+    assert all(counters.active == 0 for _, counters in web.reals)
+
+
+def test_labels_that_are_not_plain_never_reach_the_kernel(backend: Backend) -> None:
+    backend.prepare()
+    hostile = VirtualServer(at("TCP 10.0.0.1:80"), label='a/b"; add table ip evil; #\n')
+    plan = diff(backend.observe(), {hostile.at: hostile})
+    assert "evil" not in str(backend.compile(plan)) or isinstance(backend, FakeBackend)
+    backend.commit(backend.compile(plan))
+    assert list(backend.observe().servers) == [hostile.at]
