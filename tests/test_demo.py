@@ -1,0 +1,189 @@
+"""The demo, as a newcomer runs it: it says what the tutorial says, checks itself, and leaves nothing behind."""
+
+import errno
+import io
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import pytest
+
+from dataplane import demo, demo_stage
+from dataplane.demo_stage import PodSpec, build_stage
+from dataplane.errors import KernelError, NotRoot, PreflightError, UsageError
+
+TABLE = """\
+    Prot LocalAddress:Port Scheduler Flags
+      -> RemoteAddress:Port           Forward Weight ActiveConn InActConn
+    TCP  10.0.1.175:80 rr
+      -> 10.244.1.7:9376              Masq    1      0          0
+      -> 10.244.2.3:9376              Masq    1      0          0
+      -> 10.244.3.6:9376              Masq    1      0          0
+"""
+
+
+def leftovers() -> list[str]:
+    """Namespaces, folders and processes of a demo."""
+    found = [str(path) for where in ("/run/netns", "/tmp") for path in Path(where).glob("dataplane-demo-*")]
+    for cmdline in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = cmdline.read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if any(b"dataplane-demo-" in word for word in words) or b"hostnames.yaml" in words:
+            found.append(repr(words))
+    return found
+
+
+@pytest.fixture
+def nothing_before() -> Iterator[None]:
+    before = leftovers()
+    yield
+    assert [each for each in leftovers() if each not in before] == []
+
+
+@pytest.mark.ipvs
+@pytest.mark.slow
+@pytest.mark.usefixtures("nothing_before")
+def test_the_whole_demo_shows_the_tutorials_table_and_leaves_nothing_behind() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "dataplane", "demo"], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    text = done.stdout
+    assert TABLE in text
+    assert re.search(r"kube-ipvs0: <BROADCAST,NOARP> mtu 1500 qdisc noop state DOWN", text)
+    assert "inet 10.0.1.175/32 scope global kube-ipvs0" in text
+    assert "ok  3 + 3 + 3: every pod got the same share" in text
+    assert re.search(r"-> 10\.244\.\d\.\d:9376              Masq    0      1 ", text), "a real server that drains"
+    assert re.findall(r"^(\d)/(\d)  ", text, re.MULTILINE) == [(str(number), "8") for number in range(1, 9)]
+    assert "ok  the namespaces of the demo are gone too" in text
+    assert "\x1b" not in text, "colours are for terminals"
+    assert max(map(len, text.splitlines())) < 120
+    assert done.stderr == ""
+
+
+@pytest.mark.ipvs
+@pytest.mark.slow
+@pytest.mark.usefixtures("nothing_before")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_the_middle_leaves_nothing_behind(number: signal.Signals) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-m", "dataplane", "demo"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if "Requests are spread" in line:
+                break
+        process.send_signal(number)
+        process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+
+
+@pytest.mark.root
+@pytest.mark.usefixtures("nothing_before")
+def test_a_stage_that_fails_half_way_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise OSError("no more cables")
+
+    monkeypatch.setattr(demo_stage, "_ip", lambda *_: None)
+    monkeypatch.setattr(demo_stage, "_connect", fails)
+    with pytest.raises(OSError, match="cables"), build_stage([PodSpec("web", "10.244.3.6", 9376)]):
+        pass
+
+
+@pytest.mark.root
+@pytest.mark.usefixtures("nothing_before")
+def test_a_pod_answers_with_its_name_and_streams_until_the_curtain_falls(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole_ip = demo_stage._ip
+
+    def without_the_trial(stage: demo_stage.Stage, where: str, *commands: str) -> None:
+        if not any("dummy" in command for command in commands):
+            whole_ip(stage, where, *commands)
+
+    monkeypatch.setattr(demo_stage, "_ip", without_the_trial)
+    with build_stage([PodSpec("web", "10.244.3.6", 9376)]) as stage:
+        assert stage.run("client", ["curl", "-s", "10.244.3.6:9376"]) == (0, "web\n")
+        stream = stage.start("client", ["curl", "-sN", "10.244.3.6:9376/stream"])
+        with demo_stage.ended(stream):
+            assert stream.stdout is not None
+            assert [stream.stdout.readline() for _ in range(2)] == ["web line 1\n", "web line 2\n"]
+            stage.curtain.set()
+            assert stream.communicate(timeout=20)[0].endswith("web end\n")
+        assert stream.returncode == 0
+
+
+@pytest.mark.root
+def test_without_ipvs_the_demo_names_the_way_that_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_such_family(*_: object) -> int:
+        raise KernelError("find", "generic netlink family IPVS", errno.ENOENT)
+
+    monkeypatch.setattr(demo, "resolve_family", no_such_family)
+    with pytest.raises(PreflightError, match="make demo"):
+        demo.run_demo()
+
+
+def test_who_is_not_root_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    with pytest.raises(NotRoot, match="needs root"):
+        demo.run_demo()
+
+
+def test_a_mode_that_is_not_there_is_refused() -> None:
+    with pytest.raises(UsageError, match="modes: ipvs"):
+        demo.run_demo(mode="nftables")
+
+
+def test_a_claim_that_does_not_hold_ends_the_demo() -> None:
+    page = demo.Page(pause=False, steps=1)
+    with redirect_stdout(io.StringIO()) as told:
+        page.claim("water is wet", True, "it was dry")
+        page.claim("not worth saying", True, "", quiet=True)
+    assert told.getvalue() == "ok  water is wet\n"
+    with pytest.raises(demo.ClaimFailed, match=r"^expected: grass is blue; but it is green$") as caught:
+        page.claim("grass is blue", False, "it is green")
+    assert caught.value.exit_code == 1
+
+
+def test_output_of_programs_cannot_act_on_the_terminal() -> None:
+    page = demo.Page(pause=False, steps=1)
+    with redirect_stdout(io.StringIO()) as told:
+        page.text("a\tb\x1b[2J\n")
+    assert told.getvalue() == "    a       b\\x1b[2J\n"
+
+
+def test_an_endpoint_is_taken_out_of_the_manifest_and_nothing_else() -> None:
+    tutorial = demo.read_tutorial(demo.EXAMPLE)
+    assert [pod.address for pod in tutorial.pods] == ["10.244.3.6", "10.244.1.7", "10.244.2.3"]
+    for pod in tutorial.pods:
+        edited = demo.without_endpoint(tutorial.text, pod.address)
+        lines = demo._difference(tutorial.text, edited).splitlines()
+        removed = [line for line in lines if line.startswith("-")]
+        assert len(removed) == 3
+        assert pod.address in removed[0]
+        assert pod.hostname in removed[2]
+        assert not [line for line in lines if line.startswith("+")]
+
+
+def test_real_servers_are_read_from_ipvsadms_table() -> None:
+    table = TABLE.replace("Masq    1      0          0\n", "Masq    0      1          4\n", 1)
+    assert demo.real_lines("\n".join(line[4:] for line in table.splitlines())) == {
+        "10.244.1.7:9376": (0, 1, 4),
+        "10.244.2.3:9376": (1, 0, 0),
+        "10.244.3.6:9376": (1, 0, 0),
+    }
+
+
+def test_waiting_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    play = demo.Play.__new__(demo.Play)
+    monkeypatch.setattr(demo, "REACTION_SECONDS", 0.1)
+    monkeypatch.setattr(demo.Play, "ipvsadm", lambda _: "")
+    begun = time.monotonic()
+    with pytest.raises(demo.ClaimFailed, match="the moon: not after"):
+        play.wait(lambda _: False, "the moon")
+    assert time.monotonic() - begun < 5
