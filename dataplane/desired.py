@@ -164,6 +164,7 @@ class Desired:
         self.servers: dict[VirtualAddress, VirtualServer] = {}
         self._views: dict[ObjectName, ServiceView] = {}
         self._claims: dict[VirtualAddress, list[ObjectName]] = {}
+        self._contested: set[VirtualAddress] = set()
         self._addresses: dict[ObjectName, tuple[VirtualAddress, ...]] = {}
         self._drains: dict[VirtualAddress, int] = {}
 
@@ -188,11 +189,11 @@ class Desired:
     @property
     def conflicts(self) -> tuple[Problem, ...]:
         """Services that want a virtual address which another Service has."""
+        claimed = [(at, *self._claims[at]) for at in sorted(self._contested)]
         return tuple(
-            Problem("services", 0, f"Service {loser}", "spec.clusterIP", f"{at} belongs to Service {claims[0]}")
-            for at, claims in self._claims.items()
-            if len(claims) > 1
-            for loser in claims[1:]
+            Problem("services", 0, f"Service {loser}", "spec.clusterIP", f"{at} belongs to Service {owner}")
+            for at, owner, *losers in claimed
+            for loser in losers
         )
 
     def _forget(self, name: ObjectName) -> tuple[VirtualAddress, ...]:
@@ -200,6 +201,8 @@ class Desired:
         for at in addresses:
             claims = self._claims[at]
             claims.remove(name)
+            if len(claims) < 2:
+                self._contested.discard(at)
             if not claims:
                 del self._claims[at]
         self._views.pop(name, None)
@@ -213,6 +216,7 @@ class Desired:
             claims.append(name)
             self._addresses[name] = (*self._addresses.get(name, ()), server.at)
             if len(claims) > 1:
+                self._contested.add(server.at)
                 claims.sort(key=self._seniority)
 
     def _seniority(self, name: ObjectName) -> tuple[bool, str, ObjectName]:

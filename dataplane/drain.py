@@ -25,6 +25,8 @@ class Drains:
 
     def __init__(self) -> None:
         self.deadlines: dict[DrainKey, float] = {}
+        self.changed: set[DrainKey] = set()
+        """Clocks that started or ended since the one who keeps a copy of them emptied this."""
         self._finished: set[DrainKey] = set()
 
     def retain(
@@ -39,11 +41,12 @@ class Drains:
             return wanted
         wanted_keys = {(real.address, real.port) for real in wanted.real_servers} if wanted else set()
         kept = []
+        any_clock = bool(self.deadlines or self._finished)
         for real in held.real_servers:
-            key = DrainKey(at, real.address, real.port)
             if (real.address, real.port) in wanted_keys:
-                self.forget(key)
-            elif self._may_stay(key, seconds, now):
+                if any_clock:
+                    self.forget(DrainKey(at, real.address, real.port))
+            elif self._may_stay(DrainKey(at, real.address, real.port), seconds, now):
                 kept.append(msgspec.structs.replace(real, weight=0))
         if not kept:
             return wanted
@@ -56,7 +59,11 @@ class Drains:
         if key in self._finished or key.at.protocol == Protocol.UDP or seconds <= 0:
             self.forget(key)
             return False
-        if self.deadlines.setdefault(key, now + seconds) <= now:
+        deadline = self.deadlines.get(key)
+        if deadline is None:
+            deadline = self.deadlines[key] = now + seconds
+            self.changed.add(key)
+        if deadline <= now:
             self.forget(key)
             return False
         return True
@@ -71,7 +78,8 @@ class Drains:
 
     def forget(self, key: DrainKey) -> None:
         """It is gone, or wanted again."""
-        self.deadlines.pop(key, None)
+        if self.deadlines.pop(key, None) is not None:
+            self.changed.add(key)
         self._finished.discard(key)
 
     def expired(self, now: float) -> list[DrainKey]:

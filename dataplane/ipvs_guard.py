@@ -17,7 +17,8 @@ from pathlib import Path
 
 from msgspec import Struct, field
 
-from . import netlink_nftables as nft
+from . import netlink_nftables as netlink
+from . import nftables_messages as nft
 from .errors import KernelError, ToolError
 from .model import Address, Masquerade, Network, Protocol, VirtualAddress, format_address
 from .netlink_socket import NetlinkSocket
@@ -114,7 +115,7 @@ class Guard:
 
     def exists(self) -> bool:
         """Whether the table is there, whatever is in it."""
-        return nft.has_table(self._sock, nft.INET, TABLE)
+        return netlink.has_table(self._sock, nft.INET, TABLE)
 
     def intact(self) -> bool:
         """Whether sets, chains and rules are exactly what this version writes for these options. Starts no process."""
@@ -122,12 +123,12 @@ class Guard:
 
     def _skeleton(self) -> "Skeleton":
         rules: dict[str, list[str]] = {}
-        for rule in nft.read_rules(self._sock, nft.INET, TABLE):
+        for rule in netlink.read_rules(self._sock, nft.INET, TABLE):
             rules.setdefault(rule.chain, []).append(rule.comment)
-        shapes = nft.read_sets(self._sock, nft.INET, TABLE)
+        shapes = netlink.read_sets(self._sock, nft.INET, TABLE)
         return Skeleton(
             {shape.name: (shape.key_length, shape.flags & _SHAPE_FLAGS) for shape in shapes},
-            {each.name: each for each in nft.read_chains(self._sock, nft.INET, TABLE)},
+            {each.name: each for each in netlink.read_chains(self._sock, nft.INET, TABLE)},
             rules,
         )
 
@@ -161,7 +162,7 @@ class Guard:
     def delete(self) -> None:
         """Remove the table with all that is in it; that it is not there is fine."""
         try:
-            nft.commit(self._sock, [nft.delete_table(nft.INET, TABLE)])
+            netlink.commit(self._sock, [netlink.delete_table(nft.INET, TABLE)])
         except KernelError as error:
             if error.errno != errno.ENOENT:
                 raise
@@ -171,27 +172,24 @@ class Guard:
     def observe(self) -> Elements:
         """All elements the kernel holds; KernelError(ENOENT) when there is no table."""
         seen = Elements()
-        for wire in _SERVERS.values():
-            for (address, protocol, port), comment, _, _ in wire.dump(self._sock):
-                seen.servers[VirtualAddress(protocol, address, port)] = owner_comment(comment)
-        for wire in _VIPS.values():
-            seen.vips.update(each.key[0] for each in wire.dump(self._sock))
-        for wire in _HAIRPIN.values():
-            seen.hairpins.update(each.key[0] for each in wire.dump(self._sock) if each.key[0] == each.key[1])
-        for wire in _DROPPED.values():
-            for (address, protocol, port), _, _, _ in wire.dump(self._sock):
-                seen.dropped.add(VirtualAddress(protocol, address, port))
-        for wire in _EXCEPTIONS.values():
-            for (address, protocol, port), _, _, verdict in wire.dump(self._sock):
-                # another's verdict counts as ALWAYS: it differs from what is wanted or is as good
-                meaning = _MASQUERADES.get(verdict, Masquerade.ALWAYS) if isinstance(verdict, tuple) else None
-                seen.masquerade[VirtualAddress(protocol, address, port)] = meaning or Masquerade.ALWAYS
-        for wire in _DRAINING.values():
-            for (address, protocol, port, real, real_port), _, remaining, _ in wire.dump(self._sock):
-                # without a clock it would stay for ever; 0 left = over
-                at = VirtualAddress(protocol, address, port)
-                seen.draining[at, real, real_port] = -(-(remaining or 0) // 1000)
+        for (address, protocol, port), comment, _, _ in self._read(_SERVERS):
+            seen.servers[VirtualAddress(protocol, address, port)] = owner_comment(comment)
+        seen.vips.update(each.key[0] for each in self._read(_VIPS))
+        seen.hairpins.update(each.key[0] for each in self._read(_HAIRPIN) if each.key[0] == each.key[1])
+        for (address, protocol, port), _, _, _ in self._read(_DROPPED):
+            seen.dropped.add(VirtualAddress(protocol, address, port))
+        for (address, protocol, port), _, _, verdict in self._read(_EXCEPTIONS):
+            # a verdict that is not ours counts as DETECT, which nobody asks for: so it differs, and is replaced
+            meaning = _MASQUERADES.get(verdict, Masquerade.DETECT) if isinstance(verdict, tuple) else Masquerade.DETECT
+            seen.masquerade[VirtualAddress(protocol, address, port)] = meaning
+        for (address, protocol, port, real, real_port), _, remaining, _ in self._read(_DRAINING):
+            # one without a clock is not ours: over, or it would stay for ever
+            seen.draining[VirtualAddress(protocol, address, port), real, real_port] = -(-(remaining or 0) // 1000)
         return seen
+
+    def _read(self, wires: dict[int, nft.SetWire]) -> Iterator[nft.Element]:
+        for wire in wires.values():
+            yield from netlink.read_elements(self._sock, wire)
 
     def commit(self, add: Elements, remove: Elements) -> None:
         """Remove, then add, in one atomic batch; what is there already or missing already is fine.
@@ -201,12 +199,12 @@ class Guard:
         """
         additions = _additions(add)
         try:
-            nft.commit(self._sock, _removals(remove) + additions)
-        except nft.BatchRefused as error:
+            netlink.commit(self._sock, _removals(remove) + additions)
+        except netlink.BatchRefused as error:
             if error.errno != errno.ENOENT:
                 raise
             # some of it was gone already, the kernel does not say which; without a table this raises ENOENT again
-            nft.commit(self._sock, _removals(_common(remove, self.observe())) + additions)
+            netlink.commit(self._sock, _removals(_common(remove, self.observe())) + additions)
 
     def script(self, add: Elements, remove: Elements) -> str:
         """The same change in nft's language, sorted, one element a line."""
@@ -321,7 +319,7 @@ class Skeleton(Struct):
     """What of the table stays the same: sets as (key length, flags), chains, and the comments of each chain's rules."""
 
     sets: dict[str, tuple[int, int]]
-    chains: dict[str, nft.Chain]
+    chains: dict[str, netlink.Chain]
     rules: dict[str, list[str]]
 
 
@@ -357,11 +355,11 @@ def parse(text: str) -> Skeleton:
             skeleton.sets[name] = nft.key_length(fields), flags
         elif line.startswith("chain "):
             current = line.split()[1]
-            skeleton.chains[current] = nft.Chain(current)
+            skeleton.chains[current] = netlink.Chain(current)
         elif found := _BASE.fullmatch(line):
             kind, hook, word, sign, distance, number = found.groups()
             priority = int(number) if number else _PRIORITIES[word] + int(f"{sign or ''}{distance or 0}")
-            skeleton.chains[current] = nft.Chain(current, kind, _HOOKS[hook], priority)
+            skeleton.chains[current] = netlink.Chain(current, kind, _HOOKS[hook], priority)
         elif found := _COMMENT.search(line):
             skeleton.rules.setdefault(current, []).append(found[1])
     return skeleton

@@ -6,9 +6,9 @@ programming costs little more than sending bytes that lie ready.
 """
 
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from .model import Address, Forwarding, RealServer, VirtualAddress, VirtualServer, family_of
 from .netlink_socket import GENL_HEADER, HEADER, NLM_F_REQUEST, genl_message
@@ -196,11 +196,11 @@ class _Dest(NamedTuple):
     lower: int = 0
 
 
-def _dest_parts(dest: _Dest, suffix: str) -> list[Part]:
+def _dest_parts(dest: _Dest, name: str) -> list[Part]:
     return DestAttrs.parts(
         {
-            "addr": Slot(f"rip{suffix}", f"{dest.width}s"),
-            "port": Slot(f"rport{suffix}", "H"),
+            "addr": Slot(f"{name}.address", f"{dest.width}s"),
+            "port": Slot(f"{name}.port", "H"),
             "fwd_method": dest.forwarding,
             "weight": dest.weight,
             "u_thresh": dest.upper,
@@ -227,20 +227,23 @@ def _service_template(shape: Shape, command: int, dests: tuple[_Dest, ...]) -> C
     parts = _message_parts(shape.family_id, command, nest(_SERVICE, service))
     names = ["vip", "vport"]
     for index, dest in enumerate(dests):
-        inner = nest(_SERVICE, _key_parts(shape)) + nest(_DEST, _dest_parts(dest, str(index)))
+        names.append(f"real{index}")
+        inner = nest(_SERVICE, _key_parts(shape)) + nest(_DEST, _dest_parts(dest, names[-1]))
         parts += _message_parts(shape.family_id, NEW_DEST, inner)
-        names += [f"rip{index}", f"rport{index}"]
     return compile_template(parts, names)
 
 
 @lru_cache(maxsize=1024)
-def _dest_template(shape: Shape, command: int, dest: _Dest) -> Callable[..., bytes]:
-    inner = nest(_SERVICE, _key_parts(shape)) + nest(_DEST, _dest_parts(dest, ""))
-    return compile_template(_message_parts(shape.family_id, command, inner), ["vip", "vport", "rip", "rport"])
+def _dest_template(family_id: int, width: int, protocol: int, command: int, dest: _Dest) -> Callable[..., bytes]:
+    """One NEW_, SET_ or DEL_DEST message."""
+    shape = Shape(family_id, width, protocol, "", 0, 0, 0)
+    inner = nest(_SERVICE, _key_parts(shape)) + nest(_DEST, _dest_parts(dest, "real"))
+    return compile_template(_message_parts(family_id, command, inner), ["vip", "vport", "real"])
 
 
 def _fold(real: RealServer) -> _Dest:
-    return _Dest(len(real.address), real.weight, real.forwarding, real.upper_threshold, real.lower_threshold)
+    # a plain int: an enum's hash is a call of Python code
+    return _Dest(len(real.address), real.weight, int(real.forwarding), real.upper_threshold, real.lower_threshold)
 
 
 TOGETHER = 8
@@ -256,16 +259,29 @@ class Encoder:
 
     def new_server(self, server: VirtualServer) -> bytes:
         """NEW_SERVICE and a NEW_DEST for each real server, in one piece of bytes."""
-        at, reals = server.at, server.real_servers
-        # everything the template folds in, as one cheap dictionary key; built from scratch only once per shape
+        protocol, address, port = server.at
+        reals, width = server.real_servers, len(address)
+        # everything the template folds in, as one cheap dictionary key: plain real servers are only counted
+        settings: tuple[_Dest, ...] = ()
+        for real in reals:
+            if (
+                real.weight != 1
+                or real.forwarding
+                or real.upper_threshold
+                or real.lower_threshold
+                or len(real.address) != width
+            ):
+                settings = tuple(map(_fold, reals))
+                break
         key = (
-            at.protocol,
-            len(at.address),
+            len(reals),
+            settings,
+            protocol,
+            width,
             server.scheduler,
             server.flags,
             server.persistence,
             server.persistence_prefix,
-            *[(r.weight, r.forwarding, r.upper_threshold, r.lower_threshold, len(r.address)) for r in reals],
         )
         template = self._new.get(key)
         if template is None:
@@ -274,10 +290,7 @@ class Encoder:
             template = _service_template(shape_of(server, self.family_id), NEW_SERVICE, tuple(map(_fold, reals)))
             if len(self._new) < 1024:
                 self._new[key] = template
-        arguments: list[Any] = [at.address, at.port]
-        for real in reals:
-            arguments += (real.address, real.port)
-        return template(*arguments)
+        return template(address, port, *reals)
 
     def server(self, command: int, server: VirtualServer) -> bytes:
         """One NEW_, SET_ or DEL_SERVICE message."""
@@ -286,8 +299,8 @@ class Encoder:
 
     def real(self, command: int, server: VirtualServer, real: RealServer) -> bytes:
         """One NEW_, SET_ or DEL_DEST message."""
-        template = _dest_template(shape_of(server, self.family_id), command, _fold(real))
-        return template(server.at.address, server.at.port, real.address, real.port)
+        protocol, address, port = server.at
+        return _dest_template(self.family_id, len(address), protocol, command, _fold(real))(address, port, real)
 
     def get_servers(self) -> bytes:
         """Dump request for all virtual servers."""
@@ -416,6 +429,7 @@ class Named(NamedTuple):
     command: int
     at: VirtualAddress | None
     real: tuple[Address, int] | None
+    scheduler: str
 
 
 def name_message(message: bytes) -> Named:
@@ -423,16 +437,12 @@ def name_message(message: bytes) -> Named:
     command = message[HEADER.size]
     values = CommandAttrs.decode(message, DATA)
     at = real = None
+    scheduler = ""
     if service := values.get("service"):
         width = 4 if service["af"] == 2 else 16
         at = VirtualAddress(service["protocol"], Address(service["addr"][:width]), service["port"])
+        scheduler = service.get("sched_name", "")
     if dest := values.get("dest"):
         width = 4 if dest.get("addr_family", 2) == 2 else 16
         real = (Address(dest["addr"][:width]), dest["port"])
-    return Named(command, at, real)
-
-
-def groups(encoder: Encoder, servers: Sequence[VirtualServer]) -> Iterator[bytes]:
-    """`new_server` of each, lazily, so that encoding and sending alternate."""
-    new_server = encoder.new_server
-    return (new_server(server) for server in servers)
+    return Named(command, at, real, scheduler)

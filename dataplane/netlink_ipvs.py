@@ -4,9 +4,10 @@ Three kernel subsystems make one mode, and there is no transaction across them, 
 prefix of it is safe for traffic (a process may die between any two steps; the next one compares and goes on):
 
 1. guard: ledger entry, VIP and hairpin elements (the ledger says "ours" before the server exists);
-2. IPVS: new virtual servers with their real servers, then changes (new real servers before old ones lose weight);
+2. IPVS: new virtual servers with their real servers, then changes (new real servers before old ones lose weight
+   or go);
 3. VIPs become local: from here on clients reach the new servers; then VIPs no longer needed go;
-4. IPVS: removals;
+4. IPVS: virtual servers no longer wanted;
 5. guard: entries of what is gone.
 
 IPVS has no owner field. What is ours is written in the guard table's sets, which live and die with the kernel's state.
@@ -67,11 +68,12 @@ from .run_tool import run_tool
 MODULES = ("ip_vs", "ip_vs_rr", "nf_conntrack", "dummy")
 
 _HINTS = {
-    (NEW_SERVICE, errno.ENOENT): "the kernel has no such scheduler (module ip_vs_<scheduler>)",
-    (SET_SERVICE, errno.ENOENT): "the kernel has no such scheduler (module ip_vs_<scheduler>)",
+    (NEW_SERVICE, errno.ENOENT): "the kernel has no scheduler {scheduler} (module ip_vs_{scheduler})",
+    (SET_SERVICE, errno.ENOENT): "the kernel has no scheduler {scheduler} (module ip_vs_{scheduler})",
     (NEW_SERVICE, errno.EAFNOSUPPORT): "the kernel's IPVS has no IPv6 (CONFIG_IP_VS_IPV6)",
     (NEW_SERVICE, errno.EPROTONOSUPPORT): "the kernel's IPVS does not know this protocol (CONFIG_IP_VS_PROTO_*)",
     (NEW_SERVICE, errno.EINVAL): "the kernel does not accept these attributes",
+    (NEW_DEST, errno.ERANGE): "a weight must not be negative, a lower threshold not above the upper one",
     (NEW_DEST, errno.EINVAL): "the kernel does not accept this address or weight",
 }
 # the kernel held something else than we knew; the next look decides, and mostly there is nothing left to do
@@ -120,19 +122,18 @@ def _rules_before(plan: Plan) -> Iterator[str]:
         for real in server.real_servers:
             yield ipvsadm_text.real_rule("-a", server, real)
     for change in sorted(plan.change, key=lambda each: each.new.at):
-        add, edit, _ = change.reals()
+        add, edit, remove = change.reals()
         if _edited(change.old, change.new):
             yield ipvsadm_text.server_rule("-E", change.new)
         for real in add:
             yield ipvsadm_text.real_rule("-a", change.new, real)
         for real in edit:
             yield ipvsadm_text.real_rule("-e", change.new, real)
+        for real in remove:
+            yield ipvsadm_text.real_rule("-d", change.new, real)
 
 
 def _rules_after(plan: Plan) -> Iterator[str]:
-    for change in sorted(plan.change, key=lambda each: each.new.at):
-        for real in change.reals()[2]:
-            yield ipvsadm_text.real_rule("-d", change.new, real)
     for server in sorted(plan.remove, key=lambda each: each.at):
         yield ipvsadm_text.server_rule("-D", server)
 
@@ -247,7 +248,8 @@ class IpvsBackend:
         _sort_out(self._genl.batch(_messages_before(encoder, plan)), failed, unsure)
         refused = self._vips.bind(plan.bind) if plan.bind else []
         refused += self._vips.unbind(plan.unbind) if plan.unbind else []
-        _sort_out(self._genl.batch(_messages_after(encoder, plan)), failed, unsure)
+        if plan.remove:
+            _sort_out(self._genl.batch(_messages_after(encoder, plan)), failed, unsure)
         if _any(transaction.guard_remove):
             self._guard.commit(Elements(), transaction.guard_remove)
         for address, error in refused:
@@ -407,23 +409,22 @@ def _note(elements: Elements, server: VirtualServer) -> None:
 
 
 def _messages_before(encoder: Encoder, plan: Plan) -> Iterator[bytes]:
-    """Everything that adds or changes; encoded while earlier chunks are already with the kernel."""
+    """Everything but the removal of virtual servers; encoded while earlier chunks are already with the kernel."""
     yield from map(encoder.new_server, plan.add)
     for change in plan.change:
         new = change.new
-        add, edit, _ = change.reals()
+        add, edit, remove = change.reals()
         if _edited(change.old, new):
             yield encoder.server(SET_SERVICE, new)
         for real in add:
             yield encoder.real(NEW_DEST, new, real)
         for real in edit:
             yield encoder.real(SET_DEST, new, real)
+        for real in remove:
+            yield encoder.real(DEL_DEST, new, real)
 
 
 def _messages_after(encoder: Encoder, plan: Plan) -> Iterator[bytes]:
-    for change in plan.change:
-        for real in change.reals()[2]:
-            yield encoder.real(DEL_DEST, change.new, real)
     for server in plan.remove:
         yield encoder.server(DEL_SERVICE, server)
 
@@ -441,7 +442,8 @@ def _sort_out(
             continue
         what = COMMAND_NAMES.get(named.command, f"IPVS command {named.command}")
         subject = str(named.at) if named.real is None else f"{format_endpoint(*named.real)} of {named.at}"
-        error = kernel_error(what, subject, code, _HINTS.get((named.command, code), text))
+        hint = _HINTS.get((named.command, code), "").format(scheduler=named.scheduler)
+        error = kernel_error(what, subject, code, hint or text)
         if isinstance(error, NotRoot):
             raise error
         failed[named.at] = error

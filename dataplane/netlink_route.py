@@ -23,7 +23,6 @@ from .errors import KernelError, PreflightError
 from .model import Address, Family, format_address
 from .netlink_socket import (
     HEADER,
-    NETLINK_ROUTE,
     NLM_F_CREATE,
     NLM_F_EXCL,
     NLM_F_REQUEST,
@@ -392,7 +391,6 @@ class VipRoutes:
         _, _, _, _, table, protocol, _, kind, _ = _RTMSG.unpack_from(notification, HEADER.size)
         return (table, protocol, kind) == (RT_TABLE_LOCAL, ROUTE_PROTOCOL, RTN_LOCAL)
 
-
     def commands(self, bind: Iterable[Address], unbind: Iterable[Address]) -> str:
         """The same change as `ip -batch` text, sorted."""
         rest = f"dev lo table local protocol {ROUTE_PROTOCOL}"
@@ -444,7 +442,7 @@ def addresses_by_link(sock: NetlinkSocket, except_of: Sequence[str] = (DEVICE,))
     for index, address in _dump_addresses(sock):
         name = links[index].name if index in links else f"#{index}"
         if name not in except_of:
-            found[address] = (*found.get(address, ()), name)
+            found[address] = tuple(sorted((*found.get(address, ()), name)))
     return found
 
 
@@ -480,28 +478,3 @@ def _link(answer: bytes) -> Link:
 
 def _is_link_local(address: bytes) -> bool:
     return address[0] == 0xFE and address[1] & 0xC0 == 0x80
-
-
-class AddressMonitor:
-    """Tells when somebody else touched what a binding holds.
-
-    `own_ports`: netlink sockets (`NetlinkSocket.port`) whose changes are ours and no news.
-    """
-
-    def __init__(self, binding: VipBinding) -> None:
-        self._binding = binding
-        self._sock = NetlinkSocket(NETLINK_ROUTE, groups=GROUPS)
-
-    def fileno(self) -> int:
-        """For event loops."""
-        return self._sock.fileno()
-
-    def close(self) -> None:
-        """Give the socket back."""
-        self._sock.close()
-
-    def touched(self, own_ports: Iterable[int]) -> bool:
-        """Whether there was such a change since the last call, or news was lost."""
-        own = set(own_ports)
-        notes, lost = self._sock.notifications()
-        return lost or any(HEADER.unpack_from(note)[4] not in own and self._binding.concerns(note) for note in notes)

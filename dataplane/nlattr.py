@@ -191,7 +191,8 @@ class NlAttrs:
 def compile_template(parts: Sequence[Part], parameters: Sequence[str]) -> Callable[..., bytes]:
     """A function of `parameters` that fills the slots of `parts`: one `Struct.pack`, constants folded.
 
-    A parameter may fill several slots. Its values are bytes for "Ns" slots and ints for "H" slots.
+    A slot's name is a parameter or an attribute of one (`real0.address`), and may come several times. Values are bytes
+    for "Ns" slots and ints for "H" slots.
     """
     folded: list[Part] = []
     for part in parts:
@@ -199,24 +200,14 @@ def compile_template(parts: Sequence[Part], parameters: Sequence[str]) -> Callab
             folded[-1] += part
         elif part:
             folded.append(part)
-    constants: dict[str, Any] = {}
-    codes, arguments = [">"], []
-    for index, part in enumerate(folded):
-        if isinstance(part, bytes):
-            constants[f"_c{index}"] = part
-            codes.append(f"{len(part)}s")
-            arguments.append(f"_c{index}")
-        else:
-            codes.append(part.code)
-            arguments.append(part.name)
-    constants["_pack"] = struct.Struct("".join(codes)).pack
-    unknown = {part.name for part in folded if isinstance(part, Slot)} - set(parameters)
+    unknown = {part.name for part in folded if isinstance(part, Slot) and part.name.split(".")[0] not in parameters}
     if unknown:
         raise TypeError(f"slots without a parameter: {', '.join(sorted(unknown))}")
-    # like namedtuple: the source is ours alone (identifiers from declarations), and a call costs one frame
-    defaults = ", ".join(f"{name}={name}" for name in constants)
-    source = f"lambda {', '.join([*parameters, '*'])}, {defaults}: _pack({', '.join(arguments)})"
-    function: Callable[..., bytes] = eval(source, constants)
+    codes = ">" + "".join(f"{len(part)}s" if isinstance(part, bytes) else part.code for part in folded)
+    # like namedtuple: the source is ours alone (identifiers from declarations), constants stand in it, one frame a call
+    arguments = [repr(part) if isinstance(part, bytes) else part.name for part in folded]
+    source = f"lambda {', '.join(parameters)}: _pack({', '.join(arguments)})"
+    function: Callable[..., bytes] = eval(source, {"_pack": struct.Struct(codes).pack})
     return function
 
 

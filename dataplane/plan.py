@@ -100,7 +100,7 @@ class Change(NamedTuple):
             before = old.pop((real.address, real.port), None)
             if before is None:
                 add.append(real)
-            elif _settings(before) != _settings(real):
+            elif before != real and _settings(before) != _settings(real):
                 change.append(real)
         return add, change, list(old.values())
 
@@ -166,6 +166,8 @@ def diff(
         if new is not None and at in held.foreign:
             blocked.append(at)
             continue
+        if old is not None and old == new:
+            continue  # the common case of a full look; what both need cancels out
         if old is None and new is not None:
             add.append(new)
         elif old is not None and new is None:
@@ -195,9 +197,11 @@ def same(old: VirtualServer, new: VirtualServer) -> bool:
     """Nothing of the server or its real servers differs (where a real server runs is the hairpin addresses' matter)."""
     if old == new:
         return True
-    return traits(old) == traits(new) and [(r.address, r.port, _settings(r)) for r in old.real_servers] == [
-        (r.address, r.port, _settings(r)) for r in new.real_servers
-    ]
+    return (
+        traits(old) == traits(new)
+        and len(old.real_servers) == len(new.real_servers)
+        and all(map(_alike, old.real_servers, new.real_servers))
+    )
 
 
 def traits(server: VirtualServer) -> tuple[object, ...]:
@@ -212,6 +216,10 @@ def traits(server: VirtualServer) -> tuple[object, ...]:
         server.bound,
         server.label,
     )
+
+
+def _alike(old: RealServer, new: RealServer) -> bool:
+    return old == new or (old.address == new.address and old.port == new.port and _settings(old) == _settings(new))
 
 
 def _settings(real: RealServer) -> tuple[int, int, int, int]:

@@ -18,29 +18,32 @@ _MISSING = "this kernel has no such setting"
 Kernel = tuple[int, int]
 """Major and minor version."""
 
-_NAME = re.compile(r"[A-Za-z0-9_/@:-]+(\.[A-Za-z0-9_/@:-]+)+")
+_PART = r"[A-Za-z0-9_@:-]+(?:/[A-Za-z0-9_@:-]+)*"
+_NAME = re.compile(rf"{_PART}(?:\.{_PART})+")
 
 
 def _path(name: str) -> Path:
-    if not _NAME.fullmatch(name) or name.startswith("/"):
+    if not _NAME.fullmatch(name):
         raise ValueError(f"{name!r} is not a sysctl name")
     return ROOT / name.translate(str.maketrans("./", "/."))  # as sysctl(8): a/b stands for an interface named a.b
 
 
 def read(name: str) -> int | None:
     """The number a setting holds; None where this kernel has no such setting, or does not let us see it."""
+    path = _path(name)
     try:
-        return int(_path(name).read_text())
+        return int(path.read_text())
     except (OSError, ValueError):
         return None
 
 
 def write(name: str, value: int) -> str:
     """Set it; returns why that failed, or ""."""
+    path = _path(name)
     try:
-        _path(name).write_text(f"{value}\n")
+        path.write_text(f"{value}\n")
     except OSError as error:
-        if error.errno in (errno.ENOENT, errno.EACCES) and not _path(name).exists():
+        if error.errno in (errno.ENOENT, errno.EACCES) and not path.exists():  # procfs refuses to make files
             return _MISSING
         return (error.strerror or str(error)).lower()
     return ""
@@ -66,7 +69,6 @@ class Change(NamedTuple):
         if self.error:
             return f"{self.name} = {self.wanted}: {self.error}"
         return f"{self.name} = {self.after}" + (f" (was {self.before})" if self.changed else "")
-
 
 
 def raise_to(name: str, value: int) -> Change:

@@ -86,6 +86,7 @@ class Reconciler:
                 key = DrainKey(at, real.address, real.port)
                 if real.weight == 0 and key in clocks and key not in self.drains.deadlines:
                     self.drains.restore(key, clocks[key], now)
+        self.drains.changed |= self._kept ^ self.drains.deadlines.keys()
 
     @property
     def problems(self) -> tuple[Problem, ...]:
@@ -116,8 +117,8 @@ class Reconciler:
         if self._allow_mass_delete:
             return
         desired, held = self.desired.servers, self.held.servers
-        self.held_back -= desired.keys()
-        self.held_back &= held.keys()
+        if self.held_back:
+            self.held_back = {at for at in self.held_back if at in held and at not in desired}
         doomed = {
             at
             for at in keys
@@ -149,9 +150,9 @@ class Reconciler:
             plan = self.plan(keys)
             if not plan:
                 break
+            unsure = self._commit(self.backend.compile(plan), failed)
             step = plan.counts()
             adds, sets, deletes = adds + step[0], sets + step[1], deletes + step[2]
-            unsure = self._commit(self.backend.compile(plan), failed)
             if unsure is None:
                 keys = None
             elif unsure:
@@ -259,13 +260,16 @@ class Reconciler:
         """The kernel keeps a copy of each clock, so that a restart goes on with it. Behind the ACK, not before it."""
         if not self.backend.drains:
             return
-        deadlines = self.drains.deadlines
-        if deadlines.keys() == self._kept:
+        changed = self.drains.changed
+        if not changed:
             return
-        now = self._clock()
-        add = {key: max(1, round(deadlines[key] - now)) for key in deadlines.keys() - self._kept}
+        deadlines, kept, now = self.drains.deadlines, self._kept, self._clock()
+        add = {key: max(1, round(deadlines[key] - now)) for key in changed if key in deadlines and key not in kept}
+        remove = {key for key in changed if key in kept and key not in deadlines}
         try:
-            self.backend.keep_clocks(add, self._kept - deadlines.keys())
+            self.backend.keep_clocks(add, remove)
         except KernelError:
             return  # tried again at the next sync; until then a restart would start these clocks afresh
-        self._kept = set(deadlines)
+        kept.difference_update(remove)
+        kept.update(add)
+        changed.clear()

@@ -387,7 +387,7 @@ class Lab:
         for key in (
             "ipv4.icmp_ratelimit",
             "ipv6.icmp.ratelimit",
-        ):  # one refusal a second would do for nobody's patience
+        ):  # else one refusal a second
             self.node.sysctl(key, 0)
         self.node.run("ipvsadm", "-ln")  # loads the module, without which its settings do not exist
         with self.node.enter():

@@ -1,0 +1,201 @@
+"""What all commands share: their options, the settings these make, and the ways to speak."""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from ..errors import InputError, NotRoot, UsageError
+from ..printable import printable
+
+if TYPE_CHECKING:
+    from ..backend import Backend
+    from ..configuration import Configuration
+    from ..manifest_files import ManifestFiles
+    from ..reconciler import Reconciler
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+FAILED, BAD_INPUT, DIFFERS, PREFLIGHT = 1, 3, 4, 5
+VERBOSE = "dataplane.verbose"
+_CAP_NET_ADMIN = 12
+
+
+def say(text: str) -> None:
+    """One line on stderr."""
+    click.echo(f"dataplane: {printable(text, 4096)}", err=True)
+
+
+def say_problems(problems: Sequence[object]) -> None:
+    """Problems as they print themselves, one a line on stderr."""
+    for problem in problems:
+        click.echo(printable(str(problem), 4096), err=True)
+
+
+def _together(*options: Callable[[Function], Function]) -> Callable[[Function], Function]:
+    def decorate(function: Function) -> Function:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+def _verbose(ctx: click.Context, _: click.Parameter, value: bool) -> bool:
+    ctx.meta[VERBOSE] = value
+    return value
+
+
+def _cidrs(_ctx: click.Context, _: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
+    from ..model import parse_network
+
+    cidrs = tuple(part.strip() for value in values for part in value.split(","))
+    try:
+        for cidr in cidrs:
+            parse_network(cidr)
+    except ValueError as error:
+        raise click.BadParameter(printable(str(error))) from None
+    return cidrs
+
+
+def _timeouts(_ctx: click.Context, _: click.Parameter, value: str | None) -> object:
+    from ..configuration import DAY, IpvsTimeouts
+
+    if value is None:
+        return None
+    parts = value.split(",")
+    if len(parts) != 3 or not all(part.isascii() and part.isdigit() and int(part[:9]) <= 31 * DAY for part in parts):
+        raise click.BadParameter("three numbers of seconds are expected: TCP,FIN,UDP (0 leaves one as it is)")
+    tcp, fin, udp = map(int, parts)
+    return IpvsTimeouts(tcp=tcp, tcp_fin=fin, udp=udp)
+
+
+def output_option(*formats: str) -> Callable[[Function], Function]:
+    """-o with the formats of one command; the first is the default."""
+    return click.option(
+        "-o",
+        "--output",
+        type=click.Choice(formats),
+        default=formats[0],
+        show_default=True,
+        help="Form of what goes to stdout.",
+    )
+
+
+common_options = _together(
+    click.option(
+        "--mode",
+        type=click.Choice(("ipvs", "nftables", "iptables")),
+        envvar="DATAPLANE_MODE",
+        show_envvar=True,
+        help="Kernel mechanism; default ipvs (the other two are not there yet).",
+    ),
+    click.option("--config", "config_file", metavar="FILE", help="AgentConfiguration file; options here win over it."),
+    click.option(
+        "-v",
+        "--verbose",
+        is_flag=True,
+        expose_value=False,
+        callback=_verbose,
+        help="Tracebacks of unexpected errors; run: debug log lines.",
+    ),
+)
+source_options = _together(
+    click.option(
+        "-f", "--manifests", multiple=True, metavar="PATH", help="Manifest file or directory (YAML, JSON); repeatable."
+    ),
+    click.option("--node-name", help="This node's name in endpoints; default: the host name, lower-cased."),
+    click.option("--zone", help="This node's zone, for topology hints; default: none."),
+    click.option("--scheduler", metavar="NAME", help="Scheduler of Services that name none; default rr."),
+    click.option(
+        "--drain-seconds",
+        type=click.IntRange(0, 31 * 86400),
+        help="How long a removed real server may finish its connections; default 900.",
+    ),
+    click.option("--allow-mass-delete", is_flag=True, default=None, help="Remove also most virtual servers at once."),
+)
+kernel_options = _together(
+    click.option("--masquerade-all", is_flag=True, default=None, help="Masquerade every client."),
+    click.option(
+        "--cluster-cidr",
+        "cluster_cidrs",
+        multiple=True,
+        metavar="CIDR",
+        callback=_cidrs,
+        help="Pod address range: clients outside are masqueraded; repeatable, or comma-separated.",
+    ),
+    click.option(
+        "--vip-binding",
+        type=click.Choice(("device", "routes")),
+        help="VIPs as addresses of kube-ipvs0, or as local routes (for very many); default device.",
+    ),
+    click.option("--strict-arp", is_flag=True, default=None, help="Never answer ARP for VIPs on other interfaces."),
+    click.option(
+        "--ipvs-timeouts",
+        metavar="TCP,FIN,UDP",
+        callback=_timeouts,
+        help="IPVS connection timeouts in seconds, 0 leaves one as it is; default: all as they are.",
+    ),
+)
+
+
+def settle(config_file: str | None, given: dict[str, Any]) -> "Configuration":
+    """Command line over file over defaults."""
+    from ..configuration import Configuration, read_configuration, with_overrides
+
+    return with_overrides(read_configuration(config_file) if config_file else Configuration(), given)
+
+
+def has_net_admin() -> bool:
+    """Whether this thread has CAP_NET_ADMIN in effect."""
+    from pathlib import Path
+
+    for line in Path("/proc/thread-self/status").read_text().splitlines():
+        if line.startswith("CapEff:"):
+            return bool(int(line.split()[1], 16) >> _CAP_NET_ADMIN & 1)
+    return os.geteuid() == 0
+
+
+def open_kernel(settings: "Configuration") -> "Backend":
+    """The backend of the mode; NotRoot rather than half of an answer."""
+    from ..backend import MODES, open_backend
+
+    if settings.mode in MODES and not has_net_admin():
+        raise NotRoot("the kernel shows and changes Services for root only (CAP_NET_ADMIN)")
+    return open_backend(settings.mode, settings.options())
+
+
+def open_source(settings: "Configuration") -> "ManifestFiles":
+    """The manifests; nothing is done when one of the paths does not exist."""
+    from pathlib import Path
+
+    from ..manifest_files import ManifestFiles
+    from ..model import Problem
+
+    if not settings.manifests:
+        raise UsageError("no manifests: name a file or directory with -f, or in the file of --config")
+    missing = [path for path in settings.manifests if not Path(path).exists()]
+    if missing:
+        raise InputError([Problem(printable(path, 4096), 0, "", "", "no such file or directory") for path in missing])
+    return ManifestFiles(settings.manifests)
+
+
+def make_reconciler(settings: "Configuration", backend: "Backend") -> "Reconciler":
+    """The reconciler of these settings."""
+    from ..reconciler import Reconciler
+
+    return Reconciler(backend, settings.rules(), allow_mass_delete=settings.allow_mass_delete)
+
+
+def emit(value: object, output: str) -> None:
+    """A document on stdout."""
+    from ..show_text import structured
+
+    click.echo(structured(value, output), nl=False)
+
+
+def colours() -> bool:
+    """Whether stdout is a terminal and nobody minds."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")

@@ -1,0 +1,249 @@
+"""run, apply, diff: from manifests to the kernel."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .options import (
+    BAD_INPUT,
+    DIFFERS,
+    FAILED,
+    VERBOSE,
+    colours,
+    common_options,
+    emit,
+    kernel_options,
+    make_reconciler,
+    open_kernel,
+    open_source,
+    output_option,
+    say,
+    say_problems,
+    settle,
+    source_options,
+)
+
+if TYPE_CHECKING:
+    from ..configuration import Configuration
+    from ..model import Update, VirtualAddress
+    from ..reconciler import Reconciler
+
+
+@click.command(short_help="Keep the kernel as the manifests say (daemon).")
+@common_options
+@source_options
+@kernel_options
+@click.option(
+    "--resync-seconds",
+    type=click.FloatRange(1, 86400),
+    help="Compare everything with the kernel this often; default 30.",
+)
+@click.option(
+    "--log-format",
+    type=click.Choice(("auto", "human", "json")),
+    help="auto: human on a terminal, else JSON; default auto.",
+)
+@click.pass_context
+def run(ctx: click.Context, /, config_file: str | None, **given: Any) -> None:
+    """\b
+    dataplane run -f /etc/dataplane/services.d
+    dataplane run --config /etc/dataplane/config.yaml
+
+    Watches the manifests, programs the kernel, repairs what others change, and lets removed real servers finish their
+    connections. SIGTERM ends it and leaves the kernel as it is; SIGHUP reads everything again.
+    """
+    import asyncio
+
+    from ..agent import Agent, AgentOptions
+    from ..journal import open_journal
+
+    settings = settle(config_file, given)
+    source = open_source(settings)
+    log = open_journal(settings.log_format, verbose=bool(ctx.meta.get(VERBOSE)))
+    backend = open_kernel(settings)
+    reconciler = make_reconciler(settings, backend)
+    try:
+        if source.notice:
+            log.warning("slow input", notice=source.notice)
+        agent = Agent(reconciler, source, AgentOptions(resync_seconds=settings.resync_seconds), log)
+        asyncio.run(agent.run())
+    finally:
+        backend.close()
+
+
+def _keeps(update: "Update", reconciler: "Reconciler", settings: "Configuration") -> "set[VirtualAddress] | None":
+    """The virtual addresses to sync; None = all.
+
+    An object that could not be read may be what the kernel holds from an earlier time. So while the input has
+    problems nothing is taken for removed, unless the user says that it is meant.
+    """
+    touched = reconciler.take(update)
+    return touched if update.problems and not settings.allow_mass_delete else None
+
+
+@click.command(short_help="Program the kernel once.")
+@common_options
+@source_options
+@kernel_options
+@output_option("table", "json", "yaml")
+@click.option("--dry-run", is_flag=True, help="Change nothing; the same as diff.")
+def apply(config_file: str | None, output: str, dry_run: bool, **given: Any) -> int:
+    """\b
+    dataplane apply -f services.yaml
+    dataplane apply -f services.d --scheduler wlc --cluster-cidr 10.244.0.0/16
+    dataplane apply -f services.d --dry-run
+
+    Makes the kernel hold what the manifests say. Objects with faults are named and skipped (exit status 3); while there
+    are such, Services that are missing in the manifests stay in the kernel, since one of the faulty objects may be
+    theirs (--allow-mass-delete removes them all the same). A real server that is removed while it has connections
+    drains: it goes with a later apply, or when an agent runs.
+    """
+    if dry_run:
+        return _diff(settle(config_file, given), output)
+    from ..agent import agent_lock, sync_fields
+    from ..show_text import SCHEMA_VERSION, plural, problem_documents
+
+    settings = settle(config_file, given)
+    source = open_source(settings)
+    backend = open_kernel(settings)
+    try:
+        with agent_lock():
+            reconciler = make_reconciler(settings, backend)
+            only = _keeps(source.read(), reconciler, settings)
+            backend.prepare()
+            reconciler.observe()
+            report = reconciler.sync("apply", only)
+            # what is only kept must not begin to drain because one of its real servers does
+            drained = reconciler.draining_pass() if only is None else None
+    finally:
+        backend.close()
+    kept = 0 if only is None else _kept(reconciler)
+    problems = (*source.problems, *reconciler.problems)
+    draining = len(reconciler.drains.deadlines)
+    failed = report.failed + (drained.failed if drained else ())
+    deletes = report.deletes + (drained.deletes if drained else 0)
+    if output == "table":
+        click.echo(
+            f"{report.result}: {plural(report.adds, 'add')}, {plural(report.sets, 'set')}, "
+            f"{plural(deletes, 'delete')} in {report.milliseconds:.1f} ms ({backend.mode})"
+        )
+    else:
+        fields = {**sync_fields(report, backend.mode), "deletes": deletes, "failed": list(map(str, failed))}
+        fields |= {"blocked": list(map(str, report.blocked)), "heldBack": report.held_back}
+        fields.pop("held_back", None)
+        fields |= {"draining": draining, "kept": kept, "problems": problem_documents(problems)}
+        emit({"schemaVersion": SCHEMA_VERSION, **fields}, output)
+    if draining:
+        say(
+            "1 real server drains; it goes when you run apply again or an agent runs"
+            if draining == 1
+            else f"{draining} real servers drain; they go when you run apply again or an agent runs"
+        )
+    say_problems(problems)
+    for error in failed:
+        say(str(error))
+    _say_kept(kept)
+    incomplete = _say_withheld(report.blocked, report.held_back)
+    return FAILED if failed or incomplete else BAD_INPUT if problems else 0
+
+
+def _kept(reconciler: "Reconciler") -> int:
+    """Virtual servers in use that the manifests lack."""
+    held = reconciler.held.servers
+    doomed = held.keys() - reconciler.desired.servers.keys()
+    return sum(not held[at].real_servers or any(real.weight for real in held[at].real_servers) for at in doomed)
+
+
+def _say_kept(kept: int) -> None:
+    """Tell what is not removed on purpose."""
+    if kept:
+        stay = (
+            "1 virtual server that the manifests lack stays"
+            if kept == 1
+            else f"{kept} virtual servers that the manifests lack stay"
+        )
+        say(f"{stay} until the problems are mended; if it shall go at once: --allow-mass-delete")
+
+
+def _say_withheld(blocked: Sequence["VirtualAddress"], held_back: int) -> bool:
+    """Tell what was wanted and is not done; whether there is such."""
+    for at in blocked:
+        say(f"{at}: somebody else's virtual server is there; it is left alone")
+    if held_back:
+        say(f"{held_back} virtual servers would be removed at once: held back; if it is meant: --allow-mass-delete")
+    return bool(blocked or held_back)
+
+
+@click.command(short_help="Show what apply would change.")
+@common_options
+@source_options
+@kernel_options
+@output_option("table", "json", "yaml")
+def diff(config_file: str | None, output: str, **given: Any) -> int:
+    """\b
+    dataplane diff -f services.d
+    dataplane diff -f services.d -o json
+
+    A summary, then the change in the language of the tools that could make it (nft, ipvsadm, ip). Changes nothing.
+    Exit status 0: in sync, 4: differs, 3: the manifests have problems (whether it differs or not).
+    """
+    return _diff(settle(config_file, given), output)
+
+
+def _diff(settings: "Configuration", output: str) -> int:
+    from ..show_text import (
+        SCHEMA_VERSION,
+        plan_objects,
+        plan_summary,
+        plural,
+        problem_documents,
+        transaction_text,
+    )
+
+    source = open_source(settings)
+    backend = open_kernel(settings)
+    try:
+        reconciler = make_reconciler(settings, backend)
+        only = _keeps(source.read(), reconciler, settings)
+        reconciler.observe()
+        plan = reconciler.plan(only)
+        text = str(backend.compile(plan)) if plan else ""
+    finally:
+        backend.close()
+    problems = (*source.problems, *reconciler.problems)
+    held_back = len(reconciler.held_back)
+    in_sync = not (plan or plan.blocked or held_back)
+    kept = 0 if only is None else _kept(reconciler)
+    if output == "table":
+        held = reconciler.held.servers.values()
+        click.echo(
+            plan_summary(plan)
+            if plan
+            else f"in sync: {plural(len(held), 'virtual server')}, "
+            f"{plural(sum(len(server.real_servers) for server in held), 'real server')}"
+        )
+        click.echo(transaction_text(text, colour=colours()), nl=False)
+    else:
+        adds, sets, deletes = plan.counts()
+        emit(
+            {
+                "schemaVersion": SCHEMA_VERSION,
+                "mode": backend.mode,
+                "inSync": in_sync,
+                "adds": adds,
+                "sets": sets,
+                "deletes": deletes,
+                "objects": plan_objects(plan),
+                "blocked": list(map(str, plan.blocked)),
+                "heldBack": held_back,
+                "kept": kept,
+                "transaction": text,
+                "problems": problem_documents(problems),
+            },
+            output,
+        )
+    say_problems(problems)
+    _say_kept(kept)
+    _say_withheld(plan.blocked, held_back)
+    return BAD_INPUT if problems else 0 if in_sync else DIFFERS

@@ -1,0 +1,230 @@
+"""check, doctor, cleanup, and what helps beside."""
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .. import __version__
+from ..errors import UsageError
+from ..printable import printable
+from .options import (
+    BAD_INPUT,
+    PREFLIGHT,
+    colours,
+    common_options,
+    emit,
+    has_net_admin,
+    kernel_options,
+    open_kernel,
+    open_source,
+    output_option,
+    say_problems,
+    settle,
+    source_options,
+)
+
+if TYPE_CHECKING:
+    from ..configuration import Configuration
+    from ..model import Problem
+
+
+@click.command(short_help="Take everything of ours out of the kernel.")
+@common_options
+@click.option("--dry-run", is_flag=True, help="Say what would go, and change nothing.")
+@click.option("--force", is_flag=True, help="Also while an agent runs (which puts it back).")
+def cleanup(config_file: str | None, dry_run: bool, force: bool, **given: Any) -> int:
+    """\b
+    dataplane cleanup
+    dataplane cleanup --dry-run
+
+    Removes the virtual servers, addresses, routes, devices and tables of every mode, or of --mode only. Needs no
+    manifests and no configuration, touches nothing of others, and may be run again at any time. Open connections
+    through removed virtual servers end.
+    """
+    import contextlib
+
+    from ..agent import agent_lock
+    from ..backend import MODES
+    from ..configuration import VIP_BINDINGS
+
+    settings = settle(config_file, given)
+    if settings.mode not in MODES:
+        open_kernel(settings)  # raises what every command says of such a mode
+    modes = [given["mode"]] if given.get("mode") else list(MODES)
+    bindings = (settings.vip_binding,) if dry_run else VIP_BINDINGS
+    with contextlib.nullcontext() if force or dry_run else agent_lock():
+        for mode in modes:
+            told = [_clean(settings, mode, binding, dry_run) for binding in bindings]
+            for line in dict.fromkeys(filter(None, told)):
+                click.echo(f"{mode}: {line}")
+            if not any(told):
+                click.echo(f"{mode}: nothing of ours is there")
+    return 0
+
+
+def _clean(settings: "Configuration", mode: str, binding: str, dry_run: bool) -> str:
+    """Clean up after one mode with one way of binding VIPs; what went, "" when there was nothing."""
+    import msgspec
+
+    from ..errors import PreflightError
+    from ..plan import State, diff
+    from ..show_text import plan_summary, removal_summary, transaction_text
+
+    backend = open_kernel(msgspec.structs.replace(settings, mode=mode, vip_binding=binding))
+    try:
+        try:
+            held = backend.observe()
+        except PreflightError:
+            held = State()  # the kernel lacks the mechanism, so it holds nothing in it; the rest goes all the same
+        plan = diff(held, {})
+        fixed = backend.intact()
+        if dry_run:
+            text = transaction_text(str(backend.compile(plan)), colour=colours()) if plan else ""
+            return f"{plan_summary(plan)}\n{text}".rstrip() if plan else ""
+        backend.remove()
+    finally:
+        backend.close()
+    if plan:
+        return f"removed {removal_summary(plan)}"
+    return "removed what the mode had set up" if fixed and binding == "device" else ""
+
+
+@click.command(short_help="Check this machine, and say how to mend it.")
+@common_options
+@source_options
+@kernel_options
+@output_option("table", "json", "yaml")
+def doctor(config_file: str | None, output: str, **given: Any) -> int:
+    """\b
+    dataplane doctor
+    dataplane doctor -f services.d      also whether VIPs collide with the node's own addresses
+
+    Tries what the mode needs, in a network namespace of its own that is thrown away; changes nothing here. Each line is
+    ok, warn or fail, with the command that helps. Exit status 5 when one fails.
+    """
+    from .. import doctor as examination
+    from ..agent import read_status
+    from ..backend import MODES
+    from ..errors import AgentUnreachable
+    from ..model import Address
+    from ..show_text import SCHEMA_VERSION
+
+    settings = settle(config_file, given)
+    if settings.mode not in MODES:
+        open_kernel(settings)  # raises what every command says of such a mode
+    vips: set[Address] = set()
+    problems: tuple[Problem, ...] = ()
+    if settings.manifests:
+        from ..desired import Desired
+
+        source = open_source(settings)
+        desired = Desired(settings.rules())
+        desired.update(source.read())
+        vips = {at.address for at, server in desired.servers.items() if server.bound}
+        problems = source.problems
+    try:
+        agent = f"pid {read_status().get('pid', '?')}"
+    except AgentUnreachable:
+        agent = ""
+    checks = examination.examine(settings, capable=has_net_admin(), agent=agent, vips=vips)
+    worst = examination.worst(checks)
+    if output == "table":
+        click.echo(examination.report(checks, colour=colours()), nl=False)
+    else:
+        checked = [check._asdict() for check in checks]
+        emit({"schemaVersion": SCHEMA_VERSION, "status": worst, "checks": checked}, output)
+    say_problems(problems)
+    return PREFLIGHT if worst == "fail" else BAD_INPUT if problems else 0
+
+
+@click.command(short_help="Validate manifests and configuration.")
+@common_options
+@source_options
+@kernel_options
+@output_option("table", "json", "yaml")
+@click.option("--print-schema", is_flag=True, help="Print the JSON Schema of the --config file, and end.")
+def check(config_file: str | None, output: str, print_schema: bool, **given: Any) -> int:
+    """\b
+    dataplane check -f services.d
+    dataplane check --config config.yaml
+    dataplane check --print-schema > dataplane.schema.json
+
+    Reads everything as apply would, says what is wrong (exit status 3), and touches no kernel. Needs no root.
+    """
+    from ..configuration import schema
+    from ..show_text import SCHEMA_VERSION, plural, problem_documents
+
+    if print_schema:
+        emit(schema(), "json")
+        return 0
+    settings = settle(config_file, given)
+    if not settings.manifests:
+        if not config_file:
+            raise UsageError("nothing to check: name manifests with -f, or a configuration with --config")
+        click.echo(f"{printable(config_file, 4096)}: ok")
+        return 0
+    from ..desired import Desired
+
+    source = open_source(settings)
+    update = source.read()
+    desired = Desired(settings.rules())
+    desired.update(update)
+    problems = (*update.problems, *desired.conflicts)
+    servers = desired.servers.values()
+    counts = {
+        "services": sum(view is not None and view.service is not None for view in update.changed.values()),
+        "virtualServers": len(servers),
+        "realServers": sum(len(server.real_servers) for server in servers),
+    }
+    if output == "table":
+        told = (("services", "Service"), ("virtualServers", "virtual server"), ("realServers", "real server"))
+        text = ", ".join(plural(counts[key], noun) for key, noun in told)
+        click.echo(f"{'problems' if problems else 'ok'}: {text}, {plural(len(problems), 'problem')}")
+    else:
+        emit({"schemaVersion": SCHEMA_VERSION, **counts, "problems": problem_documents(problems)}, output)
+    say_problems(problems)
+    return BAD_INPUT if problems else 0
+
+
+@click.command(short_help="Show it all in a network namespace of its own.")
+@click.option("--pause", is_flag=True, help="Wait for Enter between the steps.")
+@click.option("--keep", is_flag=True, help="Leave the demo's network namespaces for a look around.")
+def demo(pause: bool, keep: bool) -> int:
+    """\b
+    dataplane demo
+    dataplane demo --pause
+
+    Services, endpoints and connections through them, on this machine and without touching its network.
+    """
+    from ..demo import run_demo
+
+    status: int = run_demo(pause=pause, keep=keep)
+    return status
+
+
+@click.command(short_help="Print a completion script for a shell.")
+@click.argument("shell", type=click.Choice(("bash", "zsh", "fish")))
+@click.pass_context
+def completion(ctx: click.Context, /, shell: str) -> None:
+    """\b
+    dataplane completion bash | sudo tee /etc/bash_completion.d/dataplane
+    dataplane completion zsh  > ~/.zfunc/_dataplane
+    dataplane completion fish > ~/.config/fish/completions/dataplane.fish
+
+    Completes commands and options, and for root also the names of Services in `show`.
+    """
+    from click.shell_completion import get_completion_class
+
+    made = get_completion_class(shell)
+    assert made is not None
+    # the template only: `source()` would start bash to ask for its version
+    script = made(ctx.find_root().command, {}, "dataplane", "_DATAPLANE_COMPLETE")
+    click.echo(script.source_template % script.source_vars())
+
+
+@click.command(short_help="Print the version.")
+def version() -> None:
+    """\b
+    dataplane version
+    """
+    click.echo(f"dataplane {__version__}")

@@ -1,0 +1,222 @@
+"""What the administrator sets: `--config FILE` under the command line, defaults under both.
+
+    apiVersion: dataplane/v1alpha1
+    kind: AgentConfiguration
+    manifests: [services.d]
+    clusterCIDRs: [10.244.0.0/16]
+
+`Configuration` is the file and, merged with the command line, the settings of one run. Every fault of a file is told
+with its line, not only the first; `schema()` is the JSON Schema of the file for editors.
+"""
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+from .backend import MODES, PLANNED, Options
+from .desired import DEFAULT_DRAIN_SECONDS, Rules
+from .errors import InputError, UsageError
+from .model import Problem, parse_network
+from .printable import printable, shown
+
+API_VERSION: Final = "dataplane/v1alpha1"
+KIND: Final = "AgentConfiguration"
+ALL_MODES = (*MODES, *PLANNED)
+VIP_BINDINGS = ("device", "routes")
+LOG_FORMATS = ("auto", "human", "json")
+DAY = 86400
+MAX_BYTES = 1 << 20
+
+Seconds = Annotated[int, Meta(ge=0, le=31 * DAY)]
+
+
+class IpvsTimeouts(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename="camel"):
+    """IPVS connection timeouts in seconds; 0 leaves the kernel's."""
+
+    tcp: Seconds = 0
+    tcp_fin: Seconds = 0
+    udp: Seconds = 0
+
+
+_NAMES = {"cluster_cidrs": "clusterCIDRs", "strict_arp": "strictARP"}
+
+
+def _field_name(name: str) -> str:
+    """Kubernetes' spelling: camelCase, acronyms in capitals."""
+    head, *rest = name.split("_")
+    return _NAMES.get(name, head + "".join(map(str.capitalize, rest)))
+
+
+class Configuration(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename=_field_name):
+    """The AgentConfiguration file."""
+
+    api_version: Annotated[Literal["dataplane/v1alpha1"], Meta(description="Version of this format.")] = API_VERSION
+    kind: Annotated[Literal["AgentConfiguration"], Meta(description="What this file is.")] = KIND
+    mode: Annotated[Literal["ipvs", "nftables", "iptables"], Meta(description="The kernel mechanism.")] = "ipvs"
+    manifests: Annotated[
+        tuple[str, ...], Meta(description="Files and directories of manifests; relative to this file.")
+    ] = ()
+    node_name: Annotated[
+        str, Meta(max_length=253, description="This node's name in endpoints; by default the host name, lower-cased.")
+    ] = ""
+    zone: Annotated[str, Meta(max_length=253, description="This node's zone, for topology hints.")] = ""
+    scheduler: Annotated[
+        str, Meta(pattern="^[a-z0-9_-]{1,15}$", description="Scheduler of Services that name none.")
+    ] = "rr"
+    drain_seconds: Annotated[
+        Seconds, Meta(description="How long a removed real server may finish its connections.")
+    ] = DEFAULT_DRAIN_SECONDS
+    masquerade_all: Annotated[bool, Meta(description="Masquerade every client.")] = False
+    cluster_cidrs: Annotated[
+        tuple[str, ...],
+        Meta(description="Pod address ranges; clients outside them are masqueraded."),
+    ] = ()
+    vip_binding: Annotated[
+        Literal["device", "routes"],
+        Meta(description="VIPs as addresses of kube-ipvs0, or as local routes (for very many)."),
+    ] = "device"
+    strict_arp: Annotated[bool, Meta(description="Never answer ARP for VIPs on other interfaces.")] = False
+    ipvs_timeouts: Annotated[IpvsTimeouts, Meta(description="IPVS connection timeouts.")] = IpvsTimeouts()
+    resync_seconds: Annotated[
+        float, Meta(ge=1, le=DAY, description="How often the agent compares everything with the kernel.")
+    ] = 30.0
+    allow_mass_delete: Annotated[
+        bool, Meta(description="Do not hold back an update that removes most virtual servers at once.")
+    ] = False
+    log_format: Annotated[
+        Literal["auto", "human", "json"], Meta(description="auto: human on a terminal, else JSON lines.")
+    ] = "auto"
+
+    def options(self) -> Options:
+        """The part a mode needs."""
+        timeouts = self.ipvs_timeouts
+        return Options(
+            masquerade_all=self.masquerade_all,
+            cluster_cidrs=tuple(map(parse_network, self.cluster_cidrs)),
+            vip_binding=self.vip_binding,
+            strict_arp=self.strict_arp,
+            timeouts=(timeouts.tcp, timeouts.tcp_fin, timeouts.udp),
+        )
+
+    def rules(self) -> Rules:
+        """The part that turns Services into virtual servers."""
+        return Rules(
+            node_name=self.node_name or default_node_name(),
+            zone=self.zone,
+            scheduler=self.scheduler,
+            drain_seconds=self.drain_seconds,
+        )
+
+
+def default_node_name() -> str:
+    """The host name as the kubelet makes a node name of it: trimmed and lower-cased."""
+    return Path("/proc/sys/kernel/hostname").read_text().strip().lower()
+
+
+def with_overrides(base: Configuration, given: dict[str, Any]) -> Configuration:
+    """`base` with what the command line says; None and () mean that it says nothing. UsageError for a bad value."""
+    said = {name: value for name, value in given.items() if value is not None and value != ()}
+    types = {each.name: each.type for each in msgspec.structs.fields(Configuration)}
+    for name, value in said.items():
+        try:
+            msgspec.convert(value, types[name])
+        except msgspec.ValidationError as error:
+            _, reason = _told(name, str(error), value)
+            raise UsageError(f"--{name.replace('_', '-')}: {reason}") from None
+    return msgspec.structs.replace(base, **said)
+
+
+def read_configuration(path: str) -> Configuration:
+    """The file's settings; InputError with every fault of it, by line."""
+    from .safe_yaml import Budget, DocumentError, Limits, field_lines, read  # yaml is slow to import
+
+    name = printable(path, 4096)
+    try:
+        with Path(path).open("rb") as file:
+            text = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise InputError([Problem(name, 0, "", "", (error.strerror or str(error)).lower())]) from None
+    if len(text) > MAX_BYTES:
+        raise InputError([Problem(name, 0, "", "", f"larger than {MAX_BYTES} bytes")])
+    try:
+        parts = list(read(text, Budget(Limits(file_bytes=MAX_BYTES))))
+    except DocumentError as error:
+        raise InputError([Problem(name, error.line + 1, "", "", printable(error.reason))]) from None
+    documents = [part for part in parts if part.item < 0]
+    if len(documents) != 1 or not isinstance(documents[0].value, dict):
+        raise InputError(
+            [Problem(name, 0, "", "", f"one mapping is expected: apiVersion: {API_VERSION}, kind: {KIND}")]
+        )
+    (document,) = documents
+    settings, faults = _convert(document.value)
+    if faults:
+        lines = field_lines(text, {(document.line, field) for field, _ in faults})
+        raise InputError(
+            [
+                Problem(name, lines[document.line, field] + 1, KIND, printable(field), reason)
+                for field, reason in sorted(faults, key=lambda fault: lines[document.line, fault[0]])
+            ]
+        )
+    folder = Path(path).parent
+    manifests = tuple(str(folder / each) for each in settings.manifests)  # an absolute path stays what it is
+    return msgspec.structs.replace(settings, manifests=manifests)
+
+
+def _convert(given: dict[str, Any]) -> tuple[Configuration, list[tuple[str, str]]]:
+    """The settings, and (field, reason) of each fault."""
+    fields = {each.encode_name: each for each in msgspec.structs.fields(Configuration)}
+    faults: list[tuple[str, str]] = []
+    for required, value in (("apiVersion", API_VERSION), ("kind", KIND)):
+        if required not in given:
+            faults.append((required, f"missing; it must be {value}"))
+    values: dict[str, Any] = {}
+    for name, value in given.items():
+        if name not in fields:
+            faults.append((name, f"no such field{_nearest(name, list(fields))}"))
+            continue
+        try:
+            values[fields[name].name] = msgspec.convert(value, fields[name].type)
+        except msgspec.ValidationError as error:
+            faults.append(_told(name, str(error), value))
+    for index, cidr in enumerate(values.get("cluster_cidrs", ())):
+        try:
+            parse_network(cidr)
+        except ValueError as error:
+            faults.append((f"clusterCIDRs[{index}]", printable(str(error))))
+    return (Configuration() if faults else Configuration(**values)), faults
+
+
+_PLACE = re.compile(r"(?s)(.*?)(?: - at `\$(.*)`)?")
+
+
+def _told(name: str, message: str, value: object) -> tuple[str, str]:
+    """msgspec's message as (path of the field, reason)."""
+    found = _PLACE.fullmatch(message)
+    assert found is not None
+    reason, below = found[1].replace("`", ""), found[2] or ""
+    unknown = re.fullmatch(r"Object contains unknown field (.*)", reason, re.DOTALL)
+    if unknown:
+        known = [each.encode_name for each in msgspec.structs.fields(IpvsTimeouts)]
+        return f"{name}{below}.{unknown[1]}", f"no such field{_nearest(unknown[1], known)}"
+    got = "" if below else f" (it is {shown(value)})"
+    return f"{name}{below}", printable(reason[:1].lower() + reason[1:]) + got
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    from difflib import get_close_matches
+
+    lowered = {each.lower(): each for each in known}
+    near = get_close_matches(name.lower(), lowered, n=1)
+    return f"; did you mean {lowered[near[0]]}?" if near else f"; fields: {', '.join(known)}"
+
+
+def schema() -> dict[str, Any]:
+    """JSON Schema of the file."""
+    _, components = msgspec.json.schema_components([Configuration], ref_template="#/$defs/{name}")
+    defs = dict(components)
+    main = defs.pop("Configuration")
+    main |= {"title": KIND, "required": ["apiVersion", "kind"]}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **main, "$defs": defs}
