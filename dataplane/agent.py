@@ -116,7 +116,8 @@ class Agent:
         update = self._source.read()
         reconciler.take(update)
         self._tell_problems()
-        reconciler.backend.prepare()
+        for lack in reconciler.backend.prepare():
+            self._log.warning("not as wanted", lack=lack)
         reconciler.observe()
         self._report(reconciler.sync("start"))
         give_memory_back()

@@ -81,8 +81,11 @@ class Backend(Protocol):
     drains: bool
     """Removed real servers need weight 0 and patience in this mode (elsewhere conntrack keeps connections alive)."""
 
-    def prepare(self) -> None:
-        """Make what the mode needs (modules, devices, tables, sysctls); writes nothing that is there already."""
+    def prepare(self) -> tuple[str, ...]:
+        """Make what the mode needs (modules, devices, tables, sysctls); writes nothing that is there already.
+
+        Returns what could not be had and does not stop the mode, in words.
+        """
 
     def observe(self, only: Collection[VirtualAddress] | None = None) -> State:
         """What the kernel holds of ours; with `only`, as far as those virtual addresses go. Never writes."""

@@ -11,6 +11,7 @@ the whole text, so comparing comments compares everything. Elements travel by ne
 import errno
 import hashlib
 import re
+import zlib
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
@@ -22,11 +23,13 @@ from . import nftables_messages as nft
 from .errors import KernelError, ToolError
 from .model import Address, Masquerade, Network, Protocol, VirtualAddress, format_address
 from .netlink_socket import NetlinkSocket
+from .nlattr import u32_bytes
 from .run_tool import run_tool
 
 TABLE = "dataplane-ipvs"
 _TEXT = Path(__file__).with_suffix(".nft")
 _OWNER = re.compile(r"[A-Za-z0-9._:/-]{1,100}")
+_SETTING = re.compile(r"([a-z0-9_.]{1,100})=(\d{1,9})")
 _INTERFACE = re.compile(r"[A-Za-z0-9_.-]{1,15}")
 
 _VERDICTS: dict[Masquerade, nft.Verdict] = {
@@ -35,7 +38,8 @@ _VERDICTS: dict[Masquerade, nft.Verdict] = {
 }
 _MASQUERADES = {verdict: meaning for meaning, verdict in _VERDICTS.items()}
 
-_TYPES = {"ipv4_addr": nft.IPV4, "ipv6_addr": nft.IPV6, "inet_proto": nft.PROTOCOL, "inet_service": nft.PORT}
+_TYPES = {"ipv4_addr": nft.IPV4, "ipv6_addr": nft.IPV6, "inet_proto": nft.PROTOCOL}
+_TYPES |= {"inet_service": nft.PORT, "mark": nft.HOST32}
 _HOOKS = {"prerouting": 0, "input": 1, "forward": 2, "output": 3, "postrouting": 4}
 _PRIORITIES = {"filter": 0, "srcnat": 100}
 
@@ -82,6 +86,8 @@ class Elements(Struct):
     """ALWAYS and NEVER; what is not here, or DETECT, follows the options."""
     draining: dict[DrainKey, int] = field(default_factory=dict)
     """Seconds: given to the kernel as a timeout, and observed as what is left of it. Its being over removes it."""
+    settings: dict[str, int] = field(default_factory=dict)
+    """Sysctls that we changed -> their value before."""
 
 
 def _key(kind: str, width: int) -> tuple[nft.Field, ...]:
@@ -101,6 +107,7 @@ def _wires(kind: str) -> dict[int, nft.SetWire]:
 
 _SERVERS, _VIPS, _HAIRPIN = _wires("servers"), _wires("vips"), _wires("hairpin")
 _DROPPED, _EXCEPTIONS, _DRAINING = _wires("dropped"), _wires("exceptions"), _wires("draining")
+_SETTINGS = nft.SetWire(nft.INET, TABLE, "settings", (nft.HOST32,))
 
 
 class Guard:
@@ -185,6 +192,9 @@ class Guard:
         for (address, protocol, port, real, real_port), _, remaining, _ in self._read(_DRAINING):
             # one without a clock is not ours: over, or it would stay for ever
             seen.draining[VirtualAddress(protocol, address, port), real, real_port] = -(-(remaining or 0) // 1000)
+        for _, comment, _, _ in self._read({0: _SETTINGS}):
+            if found := _SETTING.fullmatch(comment):
+                seen.settings[found[1]] = int(found[2])
         return seen
 
     def _read(self, wires: dict[int, nft.SetWire]) -> Iterator[nft.Element]:
@@ -242,7 +252,14 @@ def _additions(elements: Elements) -> list[bytes]:
         # a timeout of 0 would mean: never
         key = (address, protocol, port, real, real_port)
         put(wire, []).append(wire.element(*key, timeout=max(1, seconds) * 1000))
+    for name, value in elements.settings.items():
+        put(_SETTINGS, []).append(_SETTINGS.element(_setting_key(name), comment=f"{name}={value}"))
     return [message for wire, each in packed.items() for message in wire.add(each)]
+
+
+def _setting_key(name: str) -> bytes:
+    """A number for a sysctl's name: nftables has no set of strings."""
+    return u32_bytes(zlib.crc32(name.encode()))
 
 
 def _removals(elements: Elements) -> list[bytes]:
@@ -258,6 +275,8 @@ def _removals(elements: Elements) -> list[bytes]:
     for address in elements.hairpins:
         wire = _HAIRPIN[len(address)]
         put(wire, []).append(wire.key(address, address))
+    for name in elements.settings:
+        put(_SETTINGS, []).append(_SETTINGS.key(_setting_key(name)))
     messages = [message for wire, each in packed.items() for message in wire.remove(each)]
     drained: dict[nft.SetWire, list[bytes]] = {}
     for (protocol, address, port), real, real_port in elements.draining:
@@ -278,6 +297,7 @@ def _common(wanted: Elements, seen: Elements) -> Elements:
         dropped=wanted.dropped & seen.dropped,
         masquerade={at: meaning for at, meaning in wanted.masquerade.items() if at in seen.masquerade},
         draining=wanted.draining,
+        settings={name: value for name, value in wanted.settings.items() if name in seen.settings},
     )
 
 

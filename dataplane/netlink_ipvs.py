@@ -62,7 +62,7 @@ from .netlink_socket import (
 )
 from .nftables_messages import INET
 from .plan import Plan, State
-from .procfs_sysctl import IPVS_SYSCTLS, STRICT_ARP_SYSCTLS, apply, running_kernel
+from .procfs_sysctl import IPVS_SYSCTLS, STRICT_ARP_SYSCTLS, Change, apply, check, restore, running_kernel
 from .run_tool import run_tool
 
 MODULES = ("ip_vs", "ip_vs_rr", "nf_conntrack", "dummy")
@@ -163,6 +163,8 @@ class IpvsBackend:
         self._known_encoder: Encoder | None = None
         self._monitors: tuple[NetlinkSocket, NetlinkSocket] | None = None
         self._ledger_lost = False
+        self._sysctls = IPVS_SYSCTLS + (STRICT_ARP_SYSCTLS if options.strict_arp else ())
+        self._before: dict[str, int] = {}
 
     @property
     def _encoder(self) -> Encoder:
@@ -177,18 +179,23 @@ class IpvsBackend:
 
     # ------------------------------------------------------------------------------------------------ contract
 
-    def prepare(self) -> None:
+    def prepare(self) -> tuple[str, ...]:
         """Load modules, set sysctls, make kube-ipvs0 and the guard table; nothing is written that is there already."""
         _load_modules(lambda: self._encoder)
-        apply(IPVS_SYSCTLS + (STRICT_ARP_SYSCTLS if self._options.strict_arp else ()), running_kernel())
+        lacking = [one for one in check(self._sysctls, running_kernel()) if one.error and one.before is not None]
         made_device = self._vips.ensure()
         # without its ledger the device still proves which VIPs are ours: adopt their servers, traffic goes on
         self._ledger_lost = not self._guard.exists() and not made_device
-        self._guard.ensure()
+        made_guard = self._guard.ensure()
+        # what was there before us is noted before it changes, so that `remove` can put it back whoever runs it
+        self._before = {one.name: one.before for one in lacking if one.before is not None} | self._before
+        if self._before and (lacking or made_guard):
+            self._guard.commit(Elements(settings=self._before), Elements())
         if any(self._options.timeouts):
             tcp, fin, udp = self._options.timeouts
             request = self._encoder.command(SET_CONFIG, timeout_tcp=tcp, timeout_tcp_fin=fin, timeout_udp=udp)
             self._genl.request(request, "set", "IPVS timeouts")
+        return tuple(str(one) for one in apply(self._sysctls, running_kernel()) if one.error)
 
     def observe(self, only: Collection[VirtualAddress] | None = None) -> State:
         """What the kernel holds of ours.
@@ -342,9 +349,13 @@ class IpvsBackend:
         return touched or lost_links or lost_tables
 
     def remove(self) -> None:
-        """Take away our servers (those in the ledger), kube-ipvs0 and the guard table."""
+        """Take away our servers (those in the ledger), kube-ipvs0 and the guard table; put sysctls back."""
         if self._guard.exists():
             ledger = self._guard.observe()
+            ours = {one.name: one.value for one in IPVS_SYSCTLS + STRICT_ARP_SYSCTLS}
+            restore(
+                Change(name, before, before, ours[name]) for name, before in ledger.settings.items() if name in ours
+            )
             try:
                 encoder = self._encoder
             except PreflightError:

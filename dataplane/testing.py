@@ -51,9 +51,10 @@ class FakeBackend:
         self.touched = False
         self.kept: dict[DrainKey, float] = {}
 
-    def prepare(self) -> None:
+    def prepare(self) -> tuple[str, ...]:
         """Contract."""
         self.prepared = True
+        return ()
 
     def observe(self, only: Collection[VirtualAddress] | None = None) -> State:
         """Contract."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import io
 import json
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 
 import click
 import pytest
+import structlog
 from click.testing import CliRunner, Result
 
 import dataplane.agent
@@ -19,6 +21,7 @@ import dataplane.cli.options
 from dataplane.backend import Options
 from dataplane.cli import COMMANDS, cli
 from dataplane.errors import AgentUnreachable, DataplaneError, NotRoot, PreflightError, UsageError
+from dataplane.journal import open_journal
 from dataplane.model import VirtualAddress, parse_address
 from dataplane.testing import FakeBackend
 from tests.netns import NetNs
@@ -132,6 +135,7 @@ def test_version(arguments: list[str]) -> None:
         (["show", "--config", "/nowhere/c.yaml"], 3, "/nowhere/c.yaml: no such file or directory"),
         (["show", "--mode", "nftables"], 2, "mode nftables is not there yet"),
         (["show", "--mode", "bpf"], 2, "is not one of"),
+        (["doctor", "--mode", "nftables"], 2, "mode nftables is not there yet"),
         (["cleanup", "--mode", "iptables"], 2, "mode iptables is not there yet"),
         (["apply", "-f", "FILE", "--cluster-cidr", "10.0.0.0/99"], 2, "is not an address range"),
         (["apply", "-f", "FILE", "--ipvs-timeouts", "1,2"], 2, "three numbers"),
@@ -491,6 +495,52 @@ def test_service_names_are_completed_and_errors_never_shown(
     assert (done.stdout.strip(), done.stderr) == ("", "")
 
 
+# ------------------------------------------------------------------------------------------------------------- journal
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def _structlog() -> Iterator[None]:
+    yield
+    structlog.reset_defaults()
+
+
+@pytest.mark.usefixtures("_structlog")
+def test_log_lines_are_json_unless_somebody_watches() -> None:
+    out = io.StringIO()
+    open_journal(stream=out).info("sync", adds=1, failed=["x\x1b[2J\u202e"])
+    assert out.getvalue().isascii()
+    line = json.loads(out.getvalue())
+    assert (line["event"], line["level"], line["adds"], line["failed"]) == ("sync", "info", 1, ["x\x1b[2J\u202e"])
+    assert line["timestamp"].endswith("Z")
+
+
+@pytest.mark.usefixtures("_structlog")
+@pytest.mark.parametrize(("log_format", "stream"), [("auto", Terminal()), ("human", io.StringIO())])
+def test_log_lines_for_people_are_escaped(
+    monkeypatch: pytest.MonkeyPatch, log_format: str, stream: io.StringIO
+) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    log = open_journal(log_format, stream=stream)
+    log.debug("unseen")
+    log.warning("bad input", problem="a\x1b[2Jb\nforged", also=["\x1b]0;t\x07"], **{"k\r": 1})
+    try:
+        raise RuntimeError("deep\x1b[2J")
+    except RuntimeError:
+        log.exception("broke")
+    text = stream.getvalue()
+    assert not set(text) & {"\x1b", "\r", "\x07"}
+    assert text.splitlines()[0].count("bad input") == 1
+    assert "forged" in text.splitlines()[0]
+    assert "RuntimeError: deep" in text
+
+
 # ---------------------------------------------------------------------------------------------------- cost of importing
 
 HEAVY = ("pyroute2", "structlog", "watchfiles", "yaml", "asyncio", "bcc", "nftables", "dataplane.manifest_files")
@@ -585,7 +635,7 @@ RULES = """\
 -a -u 192.0.2.1:53 -r 192.0.2.10:53 -m -w 1
 -A -t 192.0.2.2:0 -s rr -p 60
 -A -t 192.0.2.3:443 -s mh -b mh-port
--a -t 192.0.2.3:443 -r 192.0.2.12:443 -i -w 1
+-a -t 192.0.2.3:443 -r 192.0.2.12:443 -i -w 1 --tun-type ipip
 -A -t [2001:db8::1]:80 -s rr -p 300 -M 64
 -a -t [2001:db8::1]:80 -r [2001:db8::10]:8080 -m -w 1
 -A -u [2001:db8::1]:53 -s wrr
@@ -619,7 +669,7 @@ def test_ipvsadm_output_is_byte_for_byte_that_of_ipvsadm(netns: NetNs, tmp_path:
 @pytest.mark.ipvs
 def test_a_reader_that_leaves_and_a_user_that_may_not(netns: NetNs, tmp_path: Path) -> None:
     manifests = tmp_path / "services.yaml"
-    manifests.write_text("".join(service(f"s{n}", f"10.0.{n // 200}.{n % 200 + 1}") for n in range(2000)))
+    manifests.write_text("".join(service(f"s{n}", f"10.0.{n // 200}.{n % 200 + 1}") for n in range(800)))
     assert on(netns, "apply", "-f", str(manifests)).returncode == 0
     command = " ".join(DATAPLANE)
     piped = netns.run("bash", "-c", f"{command} show | head -n 1 >/dev/null; echo ${{PIPESTATUS[0]}}")

@@ -17,6 +17,7 @@ from dataplane import demo, demo_stage
 from dataplane.demo_stage import PodSpec, build_stage
 from dataplane.errors import KernelError, NotRoot, PreflightError, UsageError
 
+ROOT = Path(__file__).resolve().parent.parent
 TABLE = """\
     Prot LocalAddress:Port Scheduler Flags
       -> RemoteAddress:Port           Forward Weight ActiveConn InActConn
@@ -38,6 +39,11 @@ def leftovers() -> list[str]:
         if any(b"dataplane-demo-" in word for word in words) or b"hostnames.yaml" in words:
             found.append(repr(words))
     return found
+
+
+def comparable(line: str) -> str:
+    """A line without its numbers, which differ from run to run, and its spaces, which follow the numbers."""
+    return " ".join(re.sub(r"\d+", "N", line).split())
 
 
 @pytest.fixture
@@ -66,6 +72,9 @@ def test_the_whole_demo_shows_the_tutorials_table_and_leaves_nothing_behind() ->
     assert "\x1b" not in text, "colours are for terminals"
     assert max(map(len, text.splitlines())) < 120
     assert done.stderr == ""
+    (excerpt,) = re.findall(r"^```text\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    printed = {comparable(line) for line in text.splitlines()}
+    assert [line for line in excerpt.splitlines() if line not in ("", "…") and comparable(line) not in printed] == []
 
 
 @pytest.mark.ipvs
@@ -125,6 +134,13 @@ def test_without_ipvs_the_demo_names_the_way_that_works(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(demo, "resolve_family", no_such_family)
     with pytest.raises(PreflightError, match="make demo"):
+        demo.run_demo()
+
+
+def test_a_program_that_is_missing_is_named_with_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    monkeypatch.setattr("shutil.which", lambda tool, path: None if tool == "ipvsadm" else f"/sbin/{tool}")
+    with pytest.raises(PreflightError, match="ipvsadm is not installed; fix: apt-get install ipvsadm"):
         demo.run_demo()
 
 

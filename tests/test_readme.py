@@ -9,6 +9,7 @@ import click
 import msgspec
 import pytest
 import yaml
+from click.testing import CliRunner
 
 from dataplane.backend import MODES
 from dataplane.cli import cli
@@ -42,7 +43,7 @@ def command_lines(text: str = README) -> Iterator[list[str]]:
     for line in code(text):
         found = re.search(r"(?:^|[\s/])dataplane ([a-z].*)$", line.split(" #")[0])
         if found and not line.startswith("git "):
-            yield shlex.split(found[1].rstrip("'"))
+            yield shlex.split(found[1].strip().rstrip("'"))
 
 
 def options_of(command: click.Command) -> set[str]:
@@ -146,6 +147,29 @@ def test_files_that_are_linked_or_named_exist() -> None:
 
 def test_the_modes_are_told_as_they_are() -> None:
     assert set(MODES) == {"ipvs"}, "README says that there is one mode"
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "told"),
+    [
+        pytest.param(
+            "run --mode nftables -f {folder}",
+            2,
+            "mode nftables is not there yet in this version; modes: ipvs",
+            marks=pytest.mark.root,
+        ),
+        ("check -f {folder}/nowhere", 3, "no such file or directory"),
+        ("check -f {folder}/bad.yaml", 3, 'Service default/web: spec.clusterIP: "127.0.0.1" is a loopback address'),
+    ],
+)
+def test_messages_under_troubleshooting_are_the_programs(tmp_path: Path, words: str, status: int, told: str) -> None:
+    assert told in README
+    (tmp_path / "bad.yaml").write_text(
+        "apiVersion: v1\nkind: Service\nmetadata: {name: web}\nspec:\n  clusterIP: 127.0.0.1\n  ports: [{port: 80}]\n"
+    )
+    result = CliRunner().invoke(cli, words.format(folder=tmp_path).split())
+    assert result.exit_code == status
+    assert told in result.output
 
 
 def test_the_tools_of_the_requirements_are_called() -> None:
