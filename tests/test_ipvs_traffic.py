@@ -18,8 +18,22 @@ pytestmark = pytest.mark.ipvs
 
 @pytest.fixture(scope="module")
 def world() -> Iterator[Topology]:
-    with Topology.build() as built, servers(built.pods):
-        yield built
+    # each pod in a network of its own, as the tutorial's are: what pods say to each other passes the node
+    with Topology.build(
+        [("10.244.3.6", "fd00:3::6"), ("10.244.1.7", "fd00:1::7"), ("10.244.2.3", "fd00:2::3")]
+    ) as built:
+        for place in (built.node, *(pod.ns for pod in built.pods)):
+            for key in ("ipv4.conf.all.send_redirects", "ipv4.conf.default.send_redirects"):
+                place.sysctl(key, 0)
+            for key in ("ipv4.conf.all.accept_redirects", "ipv6.conf.all.accept_redirects"):
+                place.sysctl(key, 0)
+        for device in ("br0", "eth0"):
+            built.node.sysctl(f"ipv4.conf.{device}.send_redirects", 0)
+        for pod in built.pods:
+            pod.ns.sysctl("ipv6.conf.eth0.accept_redirects", 0)
+            pod.ns.sysctl("ipv4.conf.eth0.accept_redirects", 0)
+        with servers(built.pods):
+            yield built
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from .netns import NetNs, Pod
 
 PORT = 9376
+_udp_ports = iter(range(10_000, 60_000))
 SCTP = 132
 
 
@@ -114,6 +115,9 @@ class Caller:
         with one:
             one.settimeout(timeout)
             try:
+                if kind == "udp":
+                    # a source port used before is an old connection to IPVS, with the server it had
+                    one.bind(("::" if ":" in address else "0.0.0.0", next(_udp_ports)))
                 one.connect((address, port))
                 if kind == "udp":
                     one.send(b"?")
