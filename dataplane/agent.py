@@ -119,6 +119,7 @@ class Agent:
         for lack in reconciler.backend.prepare():
             self._log.warning("not as wanted", lack=lack)
         reconciler.observe()
+        reconciler.keep_unexplained(input_is_whole=not self._source.problems)
         self._report(reconciler.sync("start"))
         give_memory_back()
 
@@ -173,7 +174,10 @@ class Agent:
         for update in waiting:
             touched |= self._reconciler.take(update)
         self._tell_problems()
-        if touched:
+        if self._reconciler.unexplained and not self._source.problems:
+            self._reconciler.keep_unexplained(input_is_whole=True)
+            self._report(self._reconciler.sync("input is whole"))
+        elif touched:
             self._report(self._reconciler.sync("change", touched))
         return True
 
@@ -249,6 +253,7 @@ class Agent:
             "wantedVirtualServers": len(reconciler.desired.servers),
             "draining": len(reconciler.drains.deadlines),
             "heldBack": len(reconciler.held_back),
+            "keptForFaultyInput": len(reconciler.unexplained),
             "failing": [f"{at}: {error}" for at, error in sorted(reconciler.failing.items())],
             "problems": [str(problem) for problem in sorted(self._told)],
         }
@@ -320,7 +325,7 @@ def read_status() -> dict[str, Any]:
             text = b"".join(iter(lambda: client.recv(1 << 16), b""))
             status: dict[str, Any] = json.loads(text)
         except (OSError, ValueError) as error:
-            raise AgentUnreachable(f"no agent answers in this network namespace ({error})") from None
+            raise AgentUnreachable("no agent runs in this network namespace") from error
     return status
 
 

@@ -429,9 +429,9 @@ class Play:
                     pass
 
     def _launch(self, begun: float) -> None:
-        """Start the agent and wait for its first sync; how long that takes says how patient the drain must be."""
-        # a slow machine needs longer for what happens while the pod drains
-        patience = max(10, round(4 * self.page.pace))
+        """Start the agent and wait for its first sync."""
+        # about a dozen programs run while the pod drains, and on a slow machine each takes its time
+        patience = max(10, round(12 * self.page.pace))
         self.drain_seconds = patience
         words = f"run -f hostnames.yaml --mode {self.mode} --drain-seconds {patience}"
         self.page.command("node", f"dataplane {words} &")

@@ -74,7 +74,7 @@ _HINTS = {
     (NEW_SERVICE, errno.EPROTONOSUPPORT): "the kernel's IPVS does not know this protocol (CONFIG_IP_VS_PROTO_*)",
     (NEW_SERVICE, errno.EINVAL): "the kernel does not accept these attributes",
     (NEW_DEST, errno.ERANGE): "a weight must not be negative, a lower threshold not above the upper one",
-    (NEW_DEST, errno.EINVAL): "the kernel does not accept this address or weight",
+    (NEW_DEST, errno.EINVAL): "the address is not unicast, or this namespace routes nothing yet: ip link set lo up",
 }
 # the kernel held something else than we knew; the next look decides, and mostly there is nothing left to do
 _SURPRISES = {
@@ -140,11 +140,12 @@ def _rules_after(plan: Plan) -> Iterator[str]:
 
 def _edited(old: VirtualServer, new: VirtualServer) -> bool:
     """Something IPVS itself keeps of a virtual server differs (label, bound and the like live elsewhere)."""
-
-    def kept(server: VirtualServer) -> tuple[object, ...]:
-        return server.scheduler, server.flags, server.persistence, server.persistence_prefix
-
-    return kept(old) != kept(new)
+    return (
+        old.scheduler != new.scheduler
+        or old.flags != new.flags
+        or old.persistence != new.persistence
+        or old.persistence_prefix != new.persistence_prefix
+    )
 
 
 class IpvsBackend:

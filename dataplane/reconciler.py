@@ -62,6 +62,8 @@ class Reconciler:
         self.drains = Drains()
         self.failing: dict[VirtualAddress, KernelError] = {}
         self.held_back: set[VirtualAddress] = set()
+        self.unexplained: set[VirtualAddress] = set()
+        """Held by the kernel and missing from an input that is not whole: kept until it is (`keep_unexplained`)."""
         self.generation = 0
         self._allow_mass_delete = allow_mass_delete
         self._clock = clock
@@ -88,6 +90,13 @@ class Reconciler:
                     self.drains.restore(key, clocks[key], now)
         self.drains.changed |= self._kept ^ self.drains.deadlines.keys()
 
+    def keep_unexplained(self, input_is_whole: bool) -> None:
+        """Right after start an input with faults proves nothing about what it lacks; a whole one ends the doubt."""
+        if input_is_whole:
+            self.unexplained.clear()
+        else:
+            self.unexplained = set(self.held.servers.keys() - self.desired.servers.keys())
+
     @property
     def problems(self) -> tuple[Problem, ...]:
         """Services that cannot have what they ask for."""
@@ -105,7 +114,7 @@ class Reconciler:
         for at in keys:
             target = desired.get(at)
             before = held.get(at)
-            if target is None and at in self.held_back:
+            if target is None and (at in self.held_back or at in self.unexplained):
                 target = before
             if self.backend.drains and before is not None:
                 target = self.drains.retain(at, target, before, self.desired.drain_seconds(at), now)
@@ -124,6 +133,7 @@ class Reconciler:
             for at in keys
             if at in held
             and at not in desired
+            and at not in self.unexplained
             and (not held[at].real_servers or any(r.weight for r in held[at].real_servers))
         }
         doomed |= self.held_back

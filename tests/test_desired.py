@@ -19,7 +19,8 @@ CASES: dict[str, tuple[ServiceView, list[str]]] = {
     "the tutorial's Service": (
         hostnames("10.244.3.6", "10.244.1.7", "10.244.2.3"),
         [
-            "TCP 10.0.1.175:80 rr label=default/hostnames -> 10.244.1.7:9376 here, 10.244.2.3:9376 here, 10.244.3.6:9376 here"
+            "TCP 10.0.1.175:80 rr label=default/hostnames -> "
+            + ", ".join(f"{pod}:9376 here" for pod in ("10.244.1.7", "10.244.2.3", "10.244.3.6"))
         ],
     ),
     "an endpoint of another node cannot meet itself here": (

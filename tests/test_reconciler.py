@@ -220,3 +220,17 @@ def test_a_removed_service_keeps_its_vip_while_it_drains() -> None:
     backend.connections.clear()
     reconciler.draining_pass()
     assert (backend.servers, backend.vips) == ({}, set())
+
+
+def test_what_a_faulty_input_lacks_at_start_is_kept_until_the_input_is_whole() -> None:
+    backend = FakeBackend()
+    start(backend, twenty(3))
+    reconciler = Reconciler(backend, Rules(), clock=Clock())
+    reconciler.take(twenty(1))
+    reconciler.observe()
+    reconciler.keep_unexplained(input_is_whole=False)
+    assert reconciler.sync("start").deletes == 0
+    assert len(backend.servers) == 3
+    reconciler.keep_unexplained(input_is_whole=True)
+    assert reconciler.sync("input is whole").result == "committed"
+    assert len(backend.servers) == 1

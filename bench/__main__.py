@@ -1,0 +1,167 @@
+"""`python -m bench`: measure, show a table, keep every sample."""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from . import changes, daemon, looking, programming
+from .isolation import RunFailed, isolated
+from .programming import family_id
+from .records import Key, Records, Target, metadata, table
+
+TARGETS = (
+    Target("program", "ipvs", "dataplane", "raw replay", 1.5),
+    Target("program", "ipvs", "dataplane", "ipvsadm -R", 1 / 20),
+    Target("program", "vips", "dataplane", "raw replay", 1.2),
+    Target("change", "weight", "to ACK", "floor", 2.0),
+    Target("change", "replace", "to ACK", "floor", 2.0),
+)
+BASES = {"program": "raw replay", "change": "floor"}
+
+
+class Settings(argparse.Namespace):
+    """The command line."""
+
+    only: list[str]
+    sizes: list[int]
+    rounds: int
+    changes: int
+    idle: float
+    contenders: list[str]
+    quick: bool
+    out: Path | None
+
+
+def say(text: str) -> None:
+    """Progress."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def measure_programming(settings: Settings, records: Records) -> None:
+    """Contenders take turns, round by round; slow ones have one round."""
+    for size in settings.sizes:
+        for turn in range(settings.rounds):
+            for contender in programming.CONTENDERS:
+                if settings.contenders and contender.name not in settings.contenders:
+                    continue
+                if size > contender.most or (contender.slow and turn > 0):
+                    continue
+                say(f"program: {size} Services, round {turn + 1}, {contender.name}")
+                try:
+                    spent = programming.run(contender, size)
+                except RunFailed as error:
+                    records.fail(f"program, {size}, {contender.name}: {error}")
+                    continue
+                for part in contender.covers:
+                    records.add(Key("program", size, part, contender.name), spent[part])
+        _extrapolate(records, size)
+
+
+def _extrapolate(records: Records, size: int) -> None:
+    """What is too slow for a size is shown as calculated from the largest it was measured at, and marked so."""
+    for contender in programming.CONTENDERS:
+        known = [key for key in records.samples if key.case == "program" and key.contender == contender.name]
+        if size > contender.most and known:
+            source = max(known, key=lambda key: key.size)
+            mark = f"{contender.name} (calculated from {source.size})"
+            records.add(Key("program", size, source.part, mark), min(records.samples[source]) * size / source.size, "s")
+
+
+def measure_changes(settings: Settings, records: Records) -> None:
+    """Both kinds of change at each size."""
+    for size in settings.sizes:
+        for kind in changes.KINDS:
+            say(f"change: {kind.name}, {settings.changes} times among {size} Services")
+            try:
+                samples = changes.run(kind, size, settings.changes)
+            except RunFailed as error:
+                records.fail(f"change, {size}, {kind.name}: {error}")
+                continue
+            for name, values in samples.items():
+                for value in values:
+                    records.add(Key("change", size, kind.name, name), value)
+
+
+def measure_looking(settings: Settings, records: Records) -> None:
+    """Reading, deciding, looking."""
+    for size in settings.sizes:
+        for turn in range(min(settings.rounds, 3)):
+            say(f"look: {size} Services, round {turn + 1}")
+            try:
+                found = looking.run(size)
+            except RunFailed as error:
+                records.fail(f"look, {size}: {error}")
+                continue
+            for name, value in found.items():
+                records.add(Key("look", size, "", name), value)
+
+
+def measure_daemon(settings: Settings, records: Records) -> None:
+    """The agent as a process, at the largest size."""
+    size = max(settings.sizes)
+    say(f"agent: {size} Services, {settings.idle:g} s idle")
+    try:
+        found = daemon.run(size, settings.idle)
+    except RunFailed as error:
+        records.fail(f"agent, {size}: {error}")
+        return
+    for name, (value, unit) in found.items():
+        records.add(Key("agent", size, "", name), value, unit)
+
+
+CASES: dict[str, Callable[[Settings, Records], None]] = {
+    "program": measure_programming,
+    "change": measure_changes,
+    "look": measure_looking,
+    "agent": measure_daemon,
+}
+
+
+def read_command_line(arguments: list[str] | None = None) -> Settings:
+    """The settings; --quick changes what is not given."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), help="cases to measure")
+    parser.add_argument("--sizes", type=lambda text: [int(each) for each in text.split(",")], metavar="N,N")
+    parser.add_argument("--rounds", type=int, help="rounds of all contenders (5)")
+    parser.add_argument("--changes", type=int, help="changes of each kind (300)")
+    parser.add_argument("--idle", type=float, help="seconds of idleness watched (60)")
+    parser.add_argument(
+        "--contenders", nargs="+", choices=[each.name for each in programming.CONTENDERS], default=[], metavar="NAME"
+    )
+    parser.add_argument("--quick", action="store_true", help="small sizes, few rounds: does everything still work?")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for a file of JSON lines, every sample one")
+    settings = parser.parse_args(arguments, Settings())
+    quick = settings.quick
+    settings.sizes = settings.sizes or ([100, 500] if quick else [100, 1000, 10000])
+    settings.rounds = settings.rounds or (2 if quick else 5)
+    settings.changes = settings.changes or (50 if quick else 300)
+    settings.idle = settings.idle or (5 if quick else 60)
+    return settings
+
+
+def main() -> int:
+    """0: everything was measured; 1: something failed; 2: this kernel cannot do it."""
+    settings = read_command_line()
+    try:
+        isolated(family_id)
+    except (RunFailed, OSError) as error:
+        say(f"bench: root and a kernel with IPVS are needed: {error}")
+        return 2
+    records = Records(settings.out)
+    began = time.monotonic()
+    for name in settings.only:
+        CASES[name](settings, records)
+    records.close()
+    about = metadata()
+    print(f"kernel {about['kernel']}, Python {about['python']}, {about['cpus']} × {about['cpu']}, {about['commit']}")
+    print(table(records, BASES, TARGETS))
+    for failure in records.failures:
+        print(f"FAILED: {failure}")
+    say(f"bench: {time.monotonic() - began:.0f} s")
+    return 1 if records.failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
