@@ -13,10 +13,13 @@ from .raw import Sent, messages
 from .watching import record
 
 _NETFILTER, _GENERIC = 12, 16
+_NFT = 10  # NFNL_SUBSYS_NFTABLES; the edges of a batch have no subsystem
 _NFT_GETS = {1, 4, 7, 10, 13, 16, 19, 23}
 """NFT_MSG_GET* (linux/netfilter/nf_tables.h)."""
 _IPVS_GETS = {4, 8, 13, 15}
 """IPVS_CMD_GET_* (linux/ip_vs.h)."""
+_NFT_EMPTY = b"\4\0\3\x80"
+"""An empty NFTA_SET_ELEM_LIST_ELEMENTS: such a batch changes nothing, it waits until another's commit is over."""
 _CONTROL = 0x10
 """The generic netlink controller, which is only asked for numbers of families."""
 
@@ -25,7 +28,7 @@ def changes_something(protocol: int, message: bytes) -> bool:
     """Whether a request is more than a question."""
     kind = int.from_bytes(message[4:6], sys.byteorder)
     if protocol == _NETFILTER:
-        return kind & 0xFF not in _NFT_GETS
+        return kind >> 8 == _NFT and kind & 0xFF not in _NFT_GETS and not message.endswith(_NFT_EMPTY)
     if protocol == _GENERIC:
         return kind != _CONTROL and message[16] not in _IPVS_GETS
     return kind & 3 != 2  # rtnetlink: NEW, DEL, GET, SET in turn

@@ -6,13 +6,14 @@ programming costs little more than sending bytes that lie ready.
 """
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import lru_cache
 from typing import NamedTuple
 
 from .model import Address, Forwarding, RealServer, VirtualAddress, VirtualServer, family_of
 from .netlink_socket import GENL_HEADER, HEADER, NLM_F_REQUEST, genl_message
 from .nlattr import (
+    LayoutReader,
     NlAttrs,
     Part,
     Slot,
@@ -421,6 +422,18 @@ def decode_real(message: bytes) -> RealEntry:
         Traffic(**values.get("stats64", {})),
         (values.get("tun_type", 0), values.get("tun_port", 0), values.get("tun_flags", 0)),
     )
+
+
+_REAL_SERVER = LayoutReader(DestAttrs, ("addr", "port", "weight", "fwd_method", "u_thresh", "l_thresh", "addr_family"))
+
+
+def decode_real_server(message: bytes, local: Collection[Address]) -> RealServer:
+    """The real server of an answer to GET_DEST without its counters, for looks at thousands; `local`: hairpins."""
+    address, port, weight, forwarding, upper, lower, family = _REAL_SERVER.read(message, DATA + 4)
+    if family in (None, 2):
+        address = address[:4]
+    method = Forwarding(forwarding & FWD_MASK) if forwarding & FWD_MASK else Forwarding.MASQ
+    return RealServer(address, port, weight, address in local, method, upper, lower)
 
 
 class Named(NamedTuple):

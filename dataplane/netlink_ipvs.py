@@ -42,6 +42,7 @@ from .ipvs_messages import (
     RealEntry,
     ServerEntry,
     decode_real,
+    decode_real_server,
     decode_server,
     name_message,
 )
@@ -212,10 +213,8 @@ class IpvsBackend:
             if at not in ledger.servers and not (self._ledger_lost and at.address in bound):
                 state.foreign.add(at)
                 continue
-            reals = [
-                msgspec.structs.replace(one.real, local=one.real.address in ledger.hairpins)
-                for one in self._reals(self._encoder.get_reals(at))
-            ]
+            answers = self._genl.dump(self._encoder.get_reals(at))
+            reals = [decode_real_server(answer, ledger.hairpins) for answer in answers]
             dropped = at in ledger.dropped
             state.put(
                 msgspec.structs.replace(

@@ -188,6 +188,46 @@ class NlAttrs:
         return values
 
 
+class LayoutReader:
+    """Reads a few attributes, all of a fixed width, out of many messages that look the same.
+
+    The kernel lays out its answers to one request alike, so one walk through the first message of each length tells
+    where everything is; after that reading is one `unpack`, and every attribute header before the last value is
+    compared with the first message's. A message that looks different is walked through again.
+    """
+
+    def __init__(self, attrs: type[NlAttrs], names: Sequence[str]) -> None:
+        self._wanted = [attrs.by_name[name] for name in names]
+        self._known: dict[int, tuple[Callable[..., tuple[Any, ...]], tuple[Any, ...], list[tuple[int, Any]]]] = {}
+
+    def read(self, message: bytes, start: int) -> list[Any]:
+        """Values in the order of the names, None for what is missing; attributes begin at `start`, after a nesting
+        attribute's header (which is compared too)."""
+        known = self._known.get(len(message))
+        if known is not None:
+            unpack, headers, decoders = known
+            values = unpack(message, start - 4)
+            if values[::2] == headers:
+                return [decode(values[index]) if index else None for index, decode in decoders]
+        return self._learn(message, start)
+
+    def _learn(self, message: bytes, start: int) -> list[Any]:
+        found = walk(message, start)
+        numbers = [number for number, _, _ in found]
+        codes = "".join(f"4s{stop - first}s{-stop % 4}x" for _, first, stop in found)
+        layout = struct.Struct("=4s0s" + codes[:-2])  # behind the last attribute no padding need be there
+        values = layout.unpack_from(message, start - 4)
+        decoders = []
+        for number, kind in self._wanted:
+            index = 2 * numbers.index(number) + 3 if number in numbers else 0
+            if index and len(values[index]) != kind.width:
+                raise WireError(f"attribute {number}: {len(values[index])} bytes instead of {kind.name}")
+            decoders.append((index, kind.decode))
+        if len(self._known) < 64:
+            self._known[len(message)] = layout.unpack_from, values[::2], decoders
+        return [decode(values[index]) if index else None for index, decode in decoders]
+
+
 def compile_template(parts: Sequence[Part], parameters: Sequence[str]) -> Callable[..., bytes]:
     """A function of `parameters` that fills the slots of `parts`: one `Struct.pack`, constants folded.
 

@@ -137,16 +137,18 @@ class Plan(Struct, frozen=True):
         yield from (change.new.at for change in self.change)
         yield from (server.at for server in self.remove)
 
-    def counts(self) -> tuple[int, int, int]:
-        """Adds, sets and deletes, counted in virtual servers, real servers and addresses."""
-        adds = len(self.add) + sum(len(s.real_servers) for s in self.add) + len(self.bind) + len(self.hairpin_add)
-        deletes = len(self.remove) + len(self.unbind) + len(self.hairpin_remove)
+    def counts(self, skip: Collection[VirtualAddress] = ()) -> tuple[int, int, int]:
+        """Adds, sets and deletes in virtual servers, real servers and addresses; `skip`: servers that failed."""
+        added = [server for server in self.add if server.at not in skip]
+        adds = len(added) + sum(len(s.real_servers) for s in added) + len(self.bind) + len(self.hairpin_add)
+        deletes = sum(s.at not in skip for s in self.remove) + len(self.unbind) + len(self.hairpin_remove)
         sets = 0
         for change in self.change:
-            add, edit, remove = change.reals()
-            adds += len(add)
-            sets += len(edit) + change.edited()
-            deletes += len(remove)
+            if change.new.at not in skip:
+                add, edit, remove = change.reals()
+                adds += len(add)
+                sets += len(edit) + change.edited()
+                deletes += len(remove)
         return adds, sets, deletes
 
 

@@ -161,7 +161,7 @@ class Reconciler:
             if not plan:
                 break
             unsure = self._commit(self.backend.compile(plan), failed)
-            step = plan.counts()
+            step = plan.counts(skip=failed.keys())
             adds, sets, deletes = adds + step[0], sets + step[1], deletes + step[2]
             if unsure is None:
                 keys = None
@@ -172,6 +172,8 @@ class Reconciler:
         else:
             for at in plan.addresses():
                 failed.setdefault(at, Unanswered("settle", str(at), errno.EAGAIN, f"no clear answer {TRIES} times"))
+        if failed:
+            self._take_back(failed)
         milliseconds = (time.perf_counter() - started) * 1000
         self._remember(failed, only)
         self._keep_clocks()
@@ -217,6 +219,13 @@ class Reconciler:
         if doubtful:
             self._look_again(doubtful)
         return again
+
+    def _take_back(self, failed: Collection[VirtualAddress]) -> None:
+        """What a refused server would have needed goes again: a VIP without its server leads to the node itself."""
+        kept = {at: self.held.servers[at] for at in failed if at in self.held.servers}
+        leftovers = diff(self.held, kept, failed)
+        if leftovers:
+            self._commit(self.backend.compile(leftovers), {})
 
     def _look_again(self, at: Collection[VirtualAddress]) -> None:
         """Replace what we believe of some addresses by what is there."""

@@ -79,6 +79,9 @@ def test_one_refused_object_harms_only_itself() -> None:
     web = view(service("default/web 10.0.0.1 :80/TCP"), endpoints("default/web", ":80/TCP", "10.1.0.1"))
     reconciler = start(backend, update(hostnames=hostnames("10.244.1.7"), web=web))
     assert list(backend.servers) == [at("TCP 10.0.0.1:80")]
+    # nothing that only the refused one needed is left behind, and the numbers count what was done
+    assert backend.vips == {at("TCP 10.0.0.1:80").address}
+    assert reconciler.sync("again").result == "failed"
     assert [str(error) for error in reconciler.failing.values()] == [
         "add virtual server TCP 10.0.1.175:80: Invalid argument (EINVAL)"
     ]

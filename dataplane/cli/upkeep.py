@@ -188,7 +188,7 @@ def check(config_file: str | None, output: str, print_schema: bool, **given: Any
 
 @click.command(short_help="Show it all in a network namespace of its own.")
 @click.option("--pause", is_flag=True, help="Wait for Enter between the steps.")
-@click.option("--keep", is_flag=True, help="Leave the demo's network namespaces for a look around.")
+@click.option("--keep", is_flag=True, help="Keep everything running after the tour, until Ctrl-C.")
 def demo(pause: bool, keep: bool) -> int:
     """\b
     dataplane demo
