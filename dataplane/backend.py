@@ -81,6 +81,9 @@ class Backend(Protocol):
     drains: bool
     """Removed real servers need weight 0 and patience in this mode (elsewhere conntrack keeps connections alive)."""
 
+    def express(self, server: VirtualServer) -> VirtualServer:
+        """The server as this mode can hold it; what it has no way to say takes its default, so that states compare."""
+
     def prepare(self) -> tuple[str, ...]:
         """Make what the mode needs (modules, devices, tables, sysctls); writes nothing that is there already.
 

@@ -111,8 +111,11 @@ class Reconciler:
         self._guard_against_mass_delete(keys)
         wanted: dict[VirtualAddress, VirtualServer] = {}
         now = self._clock()
+        express = self.backend.express
         for at in keys:
             target = desired.get(at)
+            if target is not None:
+                target = express(target)
             before = held.get(at)
             if target is None and (at in self.held_back or at in self.unexplained):
                 target = before

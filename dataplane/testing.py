@@ -51,6 +51,10 @@ class FakeBackend:
         self.touched = False
         self.kept: dict[DrainKey, float] = {}
 
+    def express(self, server: VirtualServer) -> VirtualServer:
+        """Contract."""
+        return server
+
     def prepare(self) -> tuple[str, ...]:
         """Contract."""
         self.prepared = True

@@ -18,7 +18,10 @@ from .netns import NetNs
 from .words import at, server, shown
 
 
-@pytest.fixture(params=["fake", *(pytest.param(mode, marks=pytest.mark.ipvs) for mode in MODES)])
+MARKS = {"ipvs": pytest.mark.ipvs}  # any other mode is at home on every kernel with netfilter
+
+
+@pytest.fixture(params=["fake", *(pytest.param(mode, marks=MARKS.get(mode, pytest.mark.root)) for mode in MODES)])
 def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     if request.param == "fake":
         yield FakeBackend()
@@ -84,7 +87,7 @@ SEQUENCES: dict[str, list[list[str]]] = {
 
 def settle(backend: Backend, wanted: list[str]) -> State:
     """Take the backend from whatever it holds to `wanted`, by observation, plan and commit."""
-    aim = {one.at: one for one in map(server, wanted)}
+    aim = {one.at: backend.express(one) for one in map(server, wanted)}
     plan = diff(backend.observe(), aim)
     transaction = backend.compile(plan)
     if plan:
@@ -124,14 +127,14 @@ def test_preparing_again_changes_nothing(backend: Backend) -> None:
     settle(backend, [WEB])
     backend.prepare()
     assert backend.intact()
-    assert [shown(one) for one in backend.observe().servers.values()] == [WEB]
+    assert [shown(one) for one in backend.observe().servers.values()] == [shown(backend.express(server(WEB)))]
 
 
 def test_a_part_can_be_observed(backend: Backend) -> None:
     backend.prepare()
     settle(backend, [WEB, DNS])
     seen = backend.observe([at("UDP 10.0.0.10:53"), at("TCP 10.9.9.9:1")])
-    assert [shown(one) for one in seen.servers.values()] == [DNS]
+    assert [shown(one) for one in seen.servers.values()] == [shown(backend.express(server(DNS)))]
 
 
 def test_a_plan_made_from_stale_knowledge_is_unsure_and_not_wrong(backend: Backend) -> None:
@@ -140,7 +143,7 @@ def test_a_plan_made_from_stale_knowledge_is_unsure_and_not_wrong(backend: Backe
     stale = diff(State(), {at("TCP 10.0.0.1:80"): server(WEB)})
     outcome = backend.commit(backend.compile(stale))
     assert outcome.unsure == {at("TCP 10.0.0.1:80")}
-    assert [shown(one) for one in backend.observe().servers.values()] == [WEB]
+    assert [shown(one) for one in backend.observe().servers.values()] == [shown(backend.express(server(WEB)))]
     gone = msgspec.structs.replace(server(WEB), at=at("TCP 10.0.0.99:80"))
     outcome = backend.commit(backend.compile(diff(State([gone]), {})))
     assert outcome.failed == {}
