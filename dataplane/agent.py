@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 from msgspec import Struct
 
-from .errors import AgentUnreachable, DataplaneError, KernelError
+from .errors import AgentUnreachable, DataplaneError
 from .model import Problem, Update, VirtualAddress
 from .printable import printable
 from .reconciler import Reconciler, SyncReport
@@ -147,7 +147,7 @@ class Agent:
                 drained = self._reconciler.draining_pass()
                 if drained:
                     self._report(drained)
-            except (KernelError, OSError) as error:
+            except (DataplaneError, OSError) as error:
                 self._fail(error)
 
     async def _sleep(self, until: float) -> None:
