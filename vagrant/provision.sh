@@ -12,7 +12,7 @@ export PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
 
 BASE_PACKAGES=(
   python3 python3-venv python3-pip python3-bpfcc python3-nftables # the last two are no PyPI packages: see pyproject.toml
-  nftables iptables ipvsadm ipset conntrack iproute2 iputils-ping kmod procps strace
+  nftables iptables ipvsadm ipset conntrack iproute2 iputils-ping kmod procps mount strace
   curl ca-certificates git make
 )
 MODULES=(
