@@ -12,9 +12,9 @@ from .programming import family_id
 from .records import Key, Records, Target, metadata, table
 
 TARGETS = (
-    Target("program", "ipvs", "dataplane", "raw replay", 1.5),
-    Target("program", "ipvs", "dataplane", "ipvsadm -R", 1 / 20),
-    Target("program", "vips", "dataplane", "raw replay", 1.2),
+    Target("program", "ipvs", "dataplane", "raw replay", 1.5, 10_000),
+    Target("program", "ipvs", "dataplane", "ipvsadm -R", 1 / 20, 10_000),
+    Target("program", "vips", "dataplane", "raw replay", 1.2, 10_000),
     Target("change", "weight", "to ACK", "floor", 2.0),
     Target("change", "replace", "to ACK", "floor", 2.0),
 )

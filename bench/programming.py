@@ -115,7 +115,9 @@ def pyroute2(size: int) -> Seconds:
         started = time.perf_counter()
         for server in servers:
             address = format_address(server.at.address)
-            service = library.IPVSService(addr=address, port=server.at.port, protocol=server.at.protocol)
+            service = library.IPVSService(
+                addr=address, port=server.at.port, protocol=server.at.protocol, sched_name=server.scheduler
+            )
             ipvs.service("add", service=service)
             for real in server.real_servers:
                 dest = library.IPVSDest(

@@ -21,13 +21,14 @@ class Key(NamedTuple):
 
 
 class Target(NamedTuple):
-    """What the issue asks: the median of `ours` to that of `base` is `most` at the most."""
+    """What is asked: the median of `ours` to that of `base` is `most` at the most, from `least` Services on."""
 
     case: str
     part: str
     ours: str
     base: str
     most: float
+    least: int = 0
 
 
 class Records:
@@ -99,12 +100,14 @@ def table(records: Records, bases: dict[str, str], targets: tuple[Target, ...]) 
         for key in keys:
             samples, unit = records.samples[key], records.units[key]
             summary = summarize(samples)
-            asked = next((t for t in targets if t[:3] == (case, part, key.contender)), None)
-            note = ""
-            if asked is not None and (other := records.samples.get(Key(case, size, part, asked.base))):
-                found = ratio(samples, other)
-                verdict = "met" if found <= asked.most else "MISSED"
-                note = f"   {found:.2f} × {asked.base}; target ≤ {asked.most:g}: {verdict}"
+            notes = []
+            for asked in targets:
+                other = records.samples.get(Key(case, size, part, asked.base))
+                if asked[:3] == (case, part, key.contender) and size >= asked.least and other:
+                    found = ratio(samples, other)
+                    verdict = "met" if found <= asked.most else "MISSED"
+                    notes.append(f"   {found:.3g} × {asked.base}; target ≤ {asked.most:g}: {verdict}")
+            note = "".join(notes)
             show = seconds if unit == "s" else lambda value, unit=unit: f"{value:.4g} {unit}"
             share = f"{ratio(samples, base):8.2f}" if base else " " * 8
             lines.append(
