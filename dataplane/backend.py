@@ -93,6 +93,12 @@ class Backend(Protocol):
     def observe(self, only: Collection[VirtualAddress] | None = None) -> State:
         """What the kernel holds of ours; with `only`, as far as those virtual addresses go. Never writes."""
 
+    def suspects(self, held: State) -> set[VirtualAddress] | None:
+        """A cheap comparison of the kernel with what we know: virtual addresses that have to be looked at.
+
+        None = it cannot tell, observe everything. What it calls equal is equal in all that carries traffic.
+        """
+
     def compile(self, plan: Plan) -> Transaction:
         """The plan as a printable transaction."""
 

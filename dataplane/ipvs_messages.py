@@ -257,6 +257,7 @@ class Encoder:
     def __init__(self, family_id: int) -> None:
         self.family_id = family_id
         self._new: dict[tuple[object, ...], Callable[..., bytes]] = {}
+        self._plain: dict[tuple[int, ...], Callable[..., bytes]] = {}
 
     def new_server(self, server: VirtualServer) -> bytes:
         """NEW_SERVICE and a NEW_DEST for each real server, in one piece of bytes."""
@@ -301,7 +302,14 @@ class Encoder:
     def real(self, command: int, server: VirtualServer, real: RealServer) -> bytes:
         """One NEW_, SET_ or DEL_DEST message."""
         protocol, address, port = server.at
-        return _dest_template(self.family_id, len(address), protocol, command, _fold(real))(address, port, real)
+        key = (command, protocol, len(address), len(real.address), real.weight)
+        plain = not (real.forwarding or real.upper_threshold or real.lower_threshold)
+        template = self._plain.get(key) if plain else None
+        if template is None:
+            template = _dest_template(self.family_id, len(address), protocol, command, _fold(real))
+            if plain and len(self._plain) < 1024:
+                self._plain[key] = template
+        return template(address, port, real)
 
     def get_servers(self) -> bytes:
         """Dump request for all virtual servers."""

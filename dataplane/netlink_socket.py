@@ -23,6 +23,7 @@ from .nlattr import NlAttrs, attr, cstring, u16
 
 NLM_F_REQUEST = 0x001
 NLM_F_ACK = 0x004
+NLM_F_ECHO = 0x008
 NLM_F_DUMP_INTR = 0x010
 NLM_F_DUMP = 0x300
 NLM_F_REPLACE = 0x100
@@ -51,6 +52,7 @@ HEADER = struct.Struct("=IHHII")  # struct nlmsghdr: len, type, flags, seq, pid
 GENL_HEADER = struct.Struct("=BBH")  # struct genlmsghdr: cmd, version, reserved
 _read_header = HEADER.unpack_from
 _read_error = struct.Struct("=i").unpack_from
+_ACK = struct.Struct("=IHHIIi16x")  # NLMSG_ERROR with errno 0: nlmsghdr, error, the nlmsghdr it answers
 _stamp_flags = struct.Struct("=HI").pack_into  # nlmsg_flags and nlmsg_seq, at offset 6
 
 SEND_BUFFER = 4 << 20
@@ -172,12 +174,20 @@ class NetlinkSocket:
 
     def _send_chunk(self, groups: list[bytes], failures: list[Failure]) -> None:
         seq = self._next_seq()
-        groups[-1] = _with_barrier(groups[-1], seq)
-        self._send(groups[0] if len(groups) == 1 else b"".join(groups))
+        data = bytearray().join(groups)
+        # the last message is looked for in the last group only: netlink messages have no trailer
+        last = start = len(data) - len(groups[-1])
+        while start < len(data):
+            last = start
+            start += (_read_header(data, start)[0] + 3) & ~3
+        _stamp_flags(data, last + 6, _read_header(data, last)[2] | NLM_F_ACK, seq)
+        self._send(data)
         self._collect(seq, failures)
 
-    def transaction(self, messages: bytes, barrier: int) -> list[Failure]:
+    def transaction(self, messages: bytes, barrier: int, echoes: list[bytes] | None = None) -> list[Failure]:
         """Send messages that the kernel takes or refuses as one (an nfnetlink batch); returns what it refused.
+
+        `echoes` takes in what the kernel tells of messages with NLM_F_ECHO, which it does before it acknowledges.
 
         The ACK is asked of the message at offset `barrier`, the last one before the batch's end: kernels before 6.10 do
         not answer the end itself. The batch's header gets the same number, since a refusal of the whole batch is
@@ -191,7 +201,7 @@ class NetlinkSocket:
             self._socket.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, len(stamped))
         self._send(stamped)
         failures: list[Failure] = []
-        self._collect(seq, failures)
+        self._collect(seq, failures, echoes)
         return failures
 
     def dump(self, request: bytes) -> list[bytes]:
@@ -287,11 +297,18 @@ class NetlinkSocket:
             yield kind, flags, seq, start, start + length
             start += (length + 3) & ~3
 
-    def _collect(self, barrier: int, failures: list[Failure]) -> None:
+    def _collect(self, barrier: int, failures: list[Failure], echoes: list[bytes] | None = None) -> None:
         while True:
+            size = self._receive()
+            if size == _ACK.size:
+                _, kind, _, seq, _, code = _ACK.unpack_from(self._buffer)
+                if kind == NLMSG_ERROR and seq == barrier and not code:
+                    return  # nothing but the ACK: what nearly every answer is
             done = False
-            for kind, flags, seq, start, stop in self._messages(self._receive()):
+            for kind, flags, seq, start, stop in self._messages(size):
                 if kind != NLMSG_ERROR:
+                    if echoes is not None:
+                        echoes.append(bytes(self._view[start:stop]))
                     continue
                 (code,) = _read_error(self._buffer, start + 16)
                 if code:
@@ -320,18 +337,6 @@ class NetlinkSocket:
                         raise kernel_error("dump", "", -code)
                     return answers, torn
                 answers.append(bytes(self._view[start:stop]))
-
-
-def _with_barrier(group: bytes, seq: int) -> bytes:
-    """The group with NLM_F_ACK and `seq` stamped on its last message."""
-    stamped = bytearray(group)
-    last = start = 0
-    size = len(stamped)
-    while start < size:
-        last = start
-        start += (_read_header(stamped, start)[0] + 3) & ~3
-    _stamp_flags(stamped, last + 6, _read_header(stamped, last)[2] | NLM_F_ACK, seq)
-    return bytes(stamped)
 
 
 def kernel_error(operation: str, subject: str, code: int, hint: str = "") -> KernelError | NotRoot:

@@ -20,6 +20,7 @@ class State:
     `foreign`: virtual addresses that somebody else programmed; they are never touched.
     `ghosts`: virtual addresses that we own by our own books, with no server behind them.
     `partial`: VIPs that are in one of the places where a bound VIP must be, but not in all.
+    `adoptable`: servers that are probably ours, our books being lost: taken over if wanted, never removed.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class State:
         self.foreign = set(foreign)
         self.ghosts = set(ghosts)
         self.partial = set(partial)
+        self.adoptable: dict[VirtualAddress, VirtualServer] = {}
         self._vip_uses: dict[Address, int] = {}
         self._hairpin_uses: dict[Address, int] = {}
         for server in servers:
@@ -45,18 +47,28 @@ class State:
     def put(self, server: VirtualServer) -> None:
         """Add a virtual server, or replace the one at its address."""
         self.drop(server.at)
+        self.adoptable.pop(server.at, None)
         self.servers[server.at] = server
-        _count(self._vip_uses, self._hairpin_uses, server, +1)
+        self._count(server, +1)
 
     def drop(self, at: VirtualAddress) -> None:
         """Take the virtual server at an address away, if there is one."""
         old = self.servers.pop(at, None)
         if old is not None:
-            _count(self._vip_uses, self._hairpin_uses, old, -1)
+            self._count(old, -1)
+
+    def _count(self, server: VirtualServer, step: int) -> None:
+        if server.bound:
+            _add(self._vip_uses, server.at.address, step)
+        _count_hairpins(self._hairpin_uses, server, step)
 
     def needs(self) -> tuple[Collection[Address], Collection[Address]]:
         """The VIPs and hairpin addresses that the servers here need."""
         return self._vip_uses.keys(), self._hairpin_uses.keys()
+
+    def irregular(self) -> bool:
+        """Something was found that only a whole look explains."""
+        return bool(self.foreign or self.ghosts or self.partial or self.adoptable)
 
     def uses(self) -> tuple[Mapping[Address, int], Mapping[Address, int]]:
         """The same with how many need each."""
@@ -90,7 +102,7 @@ class Change(NamedTuple):
 
     def edited(self) -> bool:
         """Something of the virtual server itself differs, not only its real servers."""
-        return traits(self.old) != traits(self.new)
+        return not _alike(self.old, self.new)
 
     def reals(self) -> tuple[list[RealServer], list[RealServer], list[RealServer]]:
         """Real servers to add, to change in place, and to remove."""
@@ -159,29 +171,46 @@ def diff(
 
     `only` costs O(len(only)). Without it everything is compared, also VIPs and hairpin addresses no server needs.
     """
+    if only is not None and len(only) == 1:
+        (at,) = only
+        old, new = held.servers.get(at), wanted.get(at)
+        if old is not None and new is not None and _reals_only(held, old, new):
+            return Plan(change=(Change(old, new),)) if not same(old, new) else Plan()
     keys: Iterable[VirtualAddress] = held.servers.keys() | wanted.keys() | held.ghosts if only is None else only
     add, change, remove, blocked = [], [], [], []
     vips: dict[Address, int] = {}
     hairpins: dict[Address, int] = {}
     for at in keys:
         old, new = held.servers.get(at), wanted.get(at)
+        if old is None and new is not None and at in held.adoptable:
+            change.append(Change(held.adoptable[at], new))
+            _count_hairpins(hairpins, new, +1)
+            _add(vips, at.address, +new.bound)
+            continue
         if new is not None and at in held.foreign:
             blocked.append(at)
             continue
-        if old is not None and old == new:
-            continue  # the common case of a full look; what both need cancels out
-        if old is None and new is not None:
+        if old is not None and new is not None:
+            if old is new or old == new:
+                continue  # the common case of a full look; what both need cancels out
+            if not same(old, new):
+                change.append(Change(old, new))
+            _count_hairpins(hairpins, old, -1)
+            _count_hairpins(hairpins, new, +1)
+            if old.bound == new.bound:
+                continue
+        elif new is not None:
             add.append(new)
-        elif old is not None and new is None:
+            _count_hairpins(hairpins, new, +1)
+        elif old is not None:
             remove.append(old)
-        elif old is None and at in held.ghosts:
+            _count_hairpins(hairpins, old, -1)
+        elif at in held.ghosts:
             remove.append(VirtualServer(at))
-        elif old is not None and new is not None and not same(old, new):
-            change.append(Change(old, new))
-        if old is not None:
-            _count(vips, hairpins, old, -1)
-        if new is not None:
-            _count(vips, hairpins, new, +1)
+        if old is not None and old.bound:
+            _add(vips, at.address, -1)
+        if new is not None and new.bound:
+            _add(vips, at.address, +1)
     if only is None:
         for uses, there, delta in zip(held.uses(), (held.vips, held.hairpins), (vips, hairpins), strict=True):
             for address in (*uses, *there):
@@ -189,48 +218,56 @@ def diff(
     else:
         # a VIP that was lost must come back with the next change of its server, also when no count changes
         for at in only:
-            vips.setdefault(at.address, 0)
+            address = at.address
+            if address in held.partial or (address in held.vips) != (address in held.uses()[0]):
+                vips.setdefault(address, 0)
     bind, unbind = _missing(held.vips, held.uses()[0], vips, held.partial)
     hairpin_add, hairpin_remove = _missing(held.hairpins, held.uses()[1], hairpins, ())
     return Plan(tuple(add), tuple(change), tuple(remove), bind, unbind, hairpin_add, hairpin_remove, tuple(blocked))
+
+
+def _reals_only(held: State, old: VirtualServer, new: VirtualServer) -> bool:
+    """The commonest change, worth its own way: nothing but real servers of elsewhere, and all else is in place."""
+    if held.foreign or held.partial or not _alike(old, new) or (old.bound and old.at.address not in held.vips):
+        return False
+    for real in old.real_servers:
+        if real.local:
+            return False
+    return not any(real.local for real in new.real_servers)
 
 
 def same(old: VirtualServer, new: VirtualServer) -> bool:
     """Nothing of the server or its real servers differs (where a real server runs is the hairpin addresses' matter)."""
     if old == new:
         return True
-    return (
-        traits(old) == traits(new)
-        and len(old.real_servers) == len(new.real_servers)
-        and all(map(_alike, old.real_servers, new.real_servers))
+    before, after = old.real_servers, new.real_servers
+    if len(before) != len(after) or not _alike(old, new):
+        return False
+    return all(
+        x.address == y.address and x.port == y.port and _settings(x) == _settings(y)
+        for x, y in zip(before, after, strict=True)
     )
 
 
-def traits(server: VirtualServer) -> tuple[object, ...]:
-    """Everything of a virtual server but its real servers."""
+def _alike(old: VirtualServer, new: VirtualServer) -> bool:
+    """Everything but the real servers is the same."""
     return (
-        server.scheduler,
-        server.flags,
-        server.persistence,
-        server.persistence_prefix,
-        server.masquerade,
-        server.no_servers,
-        server.bound,
-        server.label,
+        old.label == new.label
+        and old.scheduler == new.scheduler
+        and old.flags == new.flags
+        and old.persistence == new.persistence
+        and old.persistence_prefix == new.persistence_prefix
+        and old.no_servers is new.no_servers
+        and old.masquerade is new.masquerade
+        and old.bound == new.bound
     )
-
-
-def _alike(old: RealServer, new: RealServer) -> bool:
-    return old == new or (old.address == new.address and old.port == new.port and _settings(old) == _settings(new))
 
 
 def _settings(real: RealServer) -> tuple[int, int, int, int]:
     return real.weight, real.forwarding, real.upper_threshold, real.lower_threshold
 
 
-def _count(vips: dict[Address, int], hairpins: dict[Address, int], server: VirtualServer, step: int) -> None:
-    if server.bound:
-        _add(vips, server.at.address, step)
+def _count_hairpins(hairpins: dict[Address, int], server: VirtualServer, step: int) -> None:
     for real in server.real_servers:
         if real.local:
             _add(hairpins, real.address, step)
@@ -248,6 +285,8 @@ def _missing(
     there: Collection[Address], uses: Mapping[Address, int], delta: Mapping[Address, int], partial: Collection[Address]
 ) -> tuple[tuple[Address, ...], tuple[Address, ...]]:
     """Of the addresses in `delta`: those to add, those to take away."""
+    if not delta:
+        return (), ()
     add, remove = [], []
     for address, step in delta.items():
         needed = uses.get(address, 0) + step > 0

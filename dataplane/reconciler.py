@@ -78,6 +78,7 @@ class Reconciler:
     def observe(self) -> None:
         """Look at the kernel. The clocks of real servers that drain already go on where they stand."""
         self.held = self.backend.observe()
+        self._share_objects()
         if not self.backend.drains:
             return
         now = self._clock()
@@ -89,6 +90,14 @@ class Reconciler:
                 if real.weight == 0 and key in clocks and key not in self.drains.deadlines:
                     self.drains.restore(key, clocks[key], now)
         self.drains.changed |= self._kept ^ self.drains.deadlines.keys()
+
+    def _share_objects(self) -> None:
+        """What is as desired is kept once in memory, not once as seen and once as wanted."""
+        held, express = self.held.servers, self.backend.express
+        for at, wanted in self.desired.servers.items():
+            expressed = express(wanted)
+            if held.get(at) == expressed:
+                held[at] = expressed
 
     def keep_unexplained(self, input_is_whole: bool) -> None:
         """Right after start an input with faults proves nothing about what it lacks; a whole one ends the doubt."""
@@ -129,6 +138,8 @@ class Reconciler:
         if self._allow_mass_delete:
             return
         desired, held = self.desired.servers, self.held.servers
+        if not self.held_back and len(keys) < MASS_DELETE_LEAST:
+            return
         if self.held_back:
             self.held_back = {at for at in self.held_back if at in held and at not in desired}
         doomed = {
@@ -203,7 +214,11 @@ class Reconciler:
         """Look at everything of ours, fixed parts included, and repair what differs. Writes only what differs."""
         if not self.backend.intact():
             self.backend.prepare()
-        self.observe()
+        suspects = None if self.held.irregular() else self.backend.suspects(self.held)
+        if suspects is None:
+            self.observe()
+        elif suspects:
+            self._look_again(suspects)
         return self.sync(cause)
 
     def _commit(
@@ -235,6 +250,8 @@ class Reconciler:
         seen = self.backend.observe(at)
         for one in at:
             self.held.drop(one)
+            self.held.adoptable.pop(one, None)
+        self.held.adoptable.update(seen.adoptable)
         for server in seen.servers.values():
             self.held.put(server)
         for mine, theirs in ((self.held.foreign, seen.foreign), (self.held.ghosts, seen.ghosts)):

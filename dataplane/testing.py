@@ -65,6 +65,10 @@ class FakeBackend:
         servers = (s for at, s in self.servers.items() if only is None or at in only)
         return State(servers, self.vips, self.hairpins, self.foreign if only is None else self.foreign & set(only))
 
+    def suspects(self, held: State) -> set[VirtualAddress] | None:
+        """Contract."""
+        return None
+
     def compile(self, plan: Plan) -> Transaction:
         """Contract."""
         return FakeTransaction(plan)

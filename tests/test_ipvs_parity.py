@@ -96,6 +96,8 @@ def test_what_we_program_is_what_everyone_reads(place: tuple[NetNs, IpvsBackend]
     netns, backend = place
     state = program(backend, table)
     assert state.servers == {one.at: one for one in table}
+    with netns.enter():  # the kernel's table in /proc is the thread's
+        assert backend.suspects(state) == {one.at for one in table if one.flags}
     listing = backend.listing()
     assert ipvsadm_text.rules(listing) == netns.run("ipvsadm", "-S", "-n").stdout
     assert ipvsadm_text.table(listing, *backend.info()) == netns.run("ipvsadm", "-l", "-n").stdout

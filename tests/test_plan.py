@@ -109,6 +109,18 @@ def test_an_entry_in_our_books_without_a_server_is_struck_out_or_filled() -> Non
     assert told(diff(ghost, {at("TCP 10.0.0.1:80"): server(A1)})) == [f"add {A1}", "bind 10.0.0.1"]
 
 
+def test_a_server_that_is_probably_ours_is_taken_over_if_wanted_and_never_removed() -> None:
+    state = State(vips=[server(A1).at.address])
+    state.adoptable = {at("TCP 10.0.0.1:80"): server(A1), at("TCP 10.0.0.1:81"): server("TCP 10.0.0.1:81 rr")}
+    wanted = {at("TCP 10.0.0.1:80"): server(A2)}
+    plan = diff(state, wanted)
+    assert told(plan) == [f"change TCP 10.0.0.1:80 to {A2}"]
+    state.apply(plan)
+    assert list(state.servers) == [at("TCP 10.0.0.1:80")]
+    assert list(state.adoptable) == [at("TCP 10.0.0.1:81")]
+    assert not diff(state, wanted)
+
+
 def test_the_parts_of_a_change() -> None:
     held = "TCP 10.0.0.1:80 rr -> 10.1.0.1:8080, 10.1.0.2:8080, 10.1.0.3:8080"
     wanted = "TCP 10.0.0.1:80 wlc -> 10.1.0.1:8080, 10.1.0.2:8080 w5, 10.1.0.4:8080"
