@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import itertools
 import json
 import socket
 import struct
@@ -349,6 +350,9 @@ def ask(ns: NetNs, address: str, port: int, protocol: int = TCP, patience: float
             return "refused"
 
 
+_ping_numbers = itertools.count(1)
+
+
 def ping(ns: NetNs, address: str) -> str:
     """ "echo", "refused" (port unreachable) or "nothing"."""
     six = ":" in address
@@ -359,7 +363,9 @@ def ping(ns: NetNs, address: str) -> str:
             raw = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP)
     meanings = {(1, 4): "refused", (129, 0): "echo"} if six else {(3, 3): "refused", (0, 0): "echo"}
     with raw:
-        raw.sendto(struct.pack(">BBHHH", 128 if six else 8, 0, 0 if six else 0xF7FD, 1, 1), (address, 0))
+        number = next(_ping_numbers)  # to conntrack a number used before is the same, established "connection"
+        checksum = 0 if six else ~(0x0800 + number + 1) & 0xFFFF
+        raw.sendto(struct.pack(">BBHHH", 128 if six else 8, 0, checksum, number, 1), (address, 0))
         end = time.monotonic() + 4
         while (left := end - time.monotonic()) > 0:
             raw.settimeout(left)
