@@ -4,9 +4,10 @@ It shows everything that carries traffic, not thresholds and scheduler flags, an
 asking for ten thousand servers one by one. Like the netlink dumps it may be torn: what it says is a reason to look.
 """
 
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Collection, Iterable
 
-from .model import Forwarding, Protocol, RealServer, VirtualAddress, VirtualServer
+from .model import Forwarding, Protocol, RealServer, ServerFlags, VirtualAddress, VirtualServer
 
 _FORWARDING = {
     Forwarding.MASQ: "Masq",
@@ -32,7 +33,7 @@ def parse(text: str) -> Shown:
             shown[key] = traits, frozenset(reals)
         words = line.split(None, 2)
         key = " ".join(words[:2])
-        traits = words[2].rstrip() if len(words) > 2 else ""
+        traits = " ".join(words[2].split()) if len(words) > 2 else ""
         reals = []
     return shown
 
@@ -45,18 +46,36 @@ def place(address: bytes, port: int) -> str:
     return f"[{':'.join(text[i : i + 4] for i in range(0, 32, 4))}]:{port:04X}"
 
 
-def server_traits(server: VirtualServer) -> str:
-    """Scheduler, persistence and one-packet scheduling as the table writes them."""
-    text = server.scheduler
+def server_traits(server: VirtualServer, hertz: int) -> str:
+    """Scheduler, one-packet scheduling and persistence as the table writes them; its times are in jiffies."""
+    text = server.scheduler + (" ops" if server.flags & ServerFlags.ONE_PACKET else "")
     if server.persistence:
-        width = 8 * len(server.at.address)
-        bits = server.persistence_prefix
+        width, bits = 8 * len(server.at.address), server.persistence_prefix
         # the kernel prints ntohl() of what IPv4 keeps as a mask and IPv6 as a prefix length
         mask = (
             0xFFFF_FFFF << (width - bits) & 0xFFFF_FFFF if width == 32 else int.from_bytes(bits.to_bytes(4, "little"))
         )
-        text += f" persistent {server.persistence} {mask:08X}"
-    return text + " ops" if server.flags & 0x04 else text
+        text += f" persistent {server.persistence * hertz} {mask:08X}"
+    return text
+
+
+def clock_rate(shown: Shown, servers: Iterable[VirtualServer]) -> int:
+    """Jiffies per second of this kernel, by what most sticky servers show; 0 = no server is sticky.
+
+    User space is not told CONFIG_HZ. A wrong guess makes servers suspects, no more.
+    """
+    rates: Counter[int] = Counter()
+    for server in servers:
+        if server.persistence:
+            words = shown.get(server_key(server.at), ("", frozenset()))[0].split()
+            if "persistent" in words:
+                rates[int(words[words.index("persistent") + 1]) // server.persistence] += 1
+    return rates.most_common(1)[0][0] if rates else 0
+
+
+def server_key(at: VirtualAddress) -> str:
+    """A virtual address as the table writes it."""
+    return f"{Protocol(at.protocol).name} {place(at.address, at.port)}"
 
 
 def real_text(real: RealServer) -> str:
@@ -67,11 +86,16 @@ def real_text(real: RealServer) -> str:
 def differing(text: str, servers: Collection[VirtualServer]) -> set[VirtualAddress]:
     """Servers that the table shows otherwise, or not at all. What else is in the table is somebody else's."""
     shown = parse(text)
+    hertz = clock_rate(shown, servers)
     names = {number: Protocol(number).name for number in {server.at.protocol for server in servers}}
     found = set()
     for server in servers:
         at = server.at
         seen = shown.get(f"{names[at.protocol]} {place(at.address, at.port)}")
-        if seen is None or seen[0] != server_traits(server) or seen[1] != set(map(real_text, server.real_servers)):
+        if (
+            seen is None
+            or seen[0] != server_traits(server, hertz)
+            or seen[1] != set(map(real_text, server.real_servers))
+        ):
             found.add(at)
     return found
