@@ -40,10 +40,10 @@ def keep_time() -> dict[str, float]:
         finally:
             spent[PARTS[self._protocol]] += time.perf_counter() - started
 
-    def timed_transaction(self: NetlinkSocket, messages: bytes, barrier: int) -> Any:
+    def timed_transaction(self: NetlinkSocket, messages: bytes, barrier: int, echoes: list[bytes] | None = None) -> Any:
         started = time.perf_counter()
         try:
-            return transaction(self, messages, barrier)
+            return transaction(self, messages, barrier, echoes)
         finally:
             spent[PARTS[self._protocol]] += time.perf_counter() - started
 

@@ -22,7 +22,8 @@ class Options(Struct, frozen=True):
 
     `cluster_cidrs`: pod ranges, clients outside them are masqueraded (kube-proxy's detect-local ClusterCIDR).
     `vip_binding`: "device" (addresses on kube-ipvs0) or "routes" (local routes, for very many VIPs).
-    `timeouts`: IPVS tcp, tcp-fin, udp seconds, 0 = leave.
+    `timeouts`: IPVS tcp, tcp-fin, udp seconds, 0 = leave. `iptables_compat`: "classic" (the tutorials' text) or
+    "current" (kube-proxy's present text). `iptables_tool`: "legacy", "nft", or "" for the host's choice.
     """
 
     masquerade_all: bool = False
@@ -30,6 +31,8 @@ class Options(Struct, frozen=True):
     vip_binding: str = "device"
     strict_arp: bool = False
     timeouts: tuple[int, int, int] = (0, 0, 0)
+    iptables_compat: str = "classic"
+    iptables_tool: str = ""
 
 
 class Transaction(Protocol):
@@ -142,8 +145,10 @@ class Mode(NamedTuple):
 
 MODES: dict[str, Mode] = {
     "ipvs": Mode("dataplane.netlink_ipvs", "IPVS virtual servers over generic netlink, VIPs on kube-ipvs0"),
+    "nftables": Mode("dataplane.nft_tables", "one nftables table of our own, Services and endpoints as its elements"),
+    "iptables": Mode("dataplane.iptables_restore", "kube-proxy's chains, by iptables-restore (legacy or nft)"),
 }
-PLANNED = ("nftables", "iptables")
+PLANNED: tuple[str, ...] = ()
 
 
 def open_backend(mode: str, options: Options | None = None) -> Backend:

@@ -80,6 +80,12 @@ class Configuration(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     ] = "device"
     strict_arp: Annotated[bool, Meta(description="Never answer ARP for VIPs on other interfaces.")] = False
     ipvs_timeouts: Annotated[IpvsTimeouts, Meta(description="IPVS connection timeouts.")] = IpvsTimeouts()
+    iptables_compat: Annotated[
+        Literal["classic", "current"], Meta(description="Rules as in the tutorials, or as kube-proxy writes them now.")
+    ] = "classic"
+    iptables_tool: Annotated[
+        Literal["auto", "legacy", "nft"], Meta(description="Back end of iptables; auto: the one the host has chosen.")
+    ] = "auto"
     resync_seconds: Annotated[
         float, Meta(ge=1, le=DAY, description="How often the agent compares everything with the kernel.")
     ] = 30.0
@@ -99,6 +105,8 @@ class Configuration(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
             vip_binding=self.vip_binding,
             strict_arp=self.strict_arp,
             timeouts=(timeouts.tcp, timeouts.tcp_fin, timeouts.udp),
+            iptables_compat=self.iptables_compat,
+            iptables_tool="" if self.iptables_tool == "auto" else self.iptables_tool,
         )
 
     def rules(self) -> Rules:

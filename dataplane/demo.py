@@ -24,7 +24,6 @@ from types import FrameType
 from typing import Any, NamedTuple, NoReturn
 
 from .agent import read_status
-from .backend import MODES
 from .demo_stage import CLIENT, NO_KERNEL_FIX, NODE, PodSpec, Stage, build_stage, ended
 from .errors import AgentUnreachable, DataplaneError, KernelError, NotRoot, PreflightError, UsageError
 from .netlink_socket import NETLINK_GENERIC, NetlinkSocket, resolve_family
@@ -67,8 +66,8 @@ def run_demo(*, pause: bool = False, keep: bool = False, mode: str = "ipvs") -> 
 
     `pause` waits for Enter before each step; `keep` leaves everything running after the last look, until Ctrl-C.
     """
-    if mode not in MODES:
-        raise UsageError(f"no demo for mode {mode!r}; modes: {', '.join(MODES)}")
+    if mode != "ipvs":
+        raise UsageError(f"no demo for mode {mode!r} yet; modes: ipvs")
     if os.geteuid() != 0:
         raise NotRoot("the demo makes network namespaces, for which it needs root")
     _need_tools()

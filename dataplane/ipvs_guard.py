@@ -23,12 +23,12 @@ from . import nftables_messages as nft
 from .errors import KernelError, ToolError
 from .model import Address, Masquerade, Network, Protocol, VirtualAddress, format_address
 from .netlink_socket import NetlinkSocket
+from .nftables_messages import owner_comment as owner_comment
 from .nlattr import u32_bytes
 from .run_tool import run_tool
 
 TABLE = "dataplane-ipvs"
 _TEXT = Path(__file__).with_suffix(".nft")
-_OWNER = re.compile(r"[A-Za-z0-9._:/-]{1,100}")
 _SETTING = re.compile(r"([a-z0-9_.]{1,100})=(\d{1,9})")
 _INTERFACE = re.compile(r"[A-Za-z0-9_.-]{1,15}")
 
@@ -179,20 +179,20 @@ class Guard:
     def observe(self) -> Elements:
         """All elements the kernel holds; KernelError(ENOENT) when there is no table."""
         seen = Elements()
-        for (address, protocol, port), comment, _, _ in self._read(_SERVERS):
+        for (address, protocol, port), comment, *_ in self._read(_SERVERS):
             seen.servers[VirtualAddress(protocol, address, port)] = owner_comment(comment)
         seen.vips.update(each.key[0] for each in self._read(_VIPS))
         seen.hairpins.update(each.key[0] for each in self._read(_HAIRPIN) if each.key[0] == each.key[1])
-        for (address, protocol, port), _, _, _ in self._read(_DROPPED):
+        for (address, protocol, port), *_ in self._read(_DROPPED):
             seen.dropped.add(VirtualAddress(protocol, address, port))
-        for (address, protocol, port), _, _, verdict in self._read(_EXCEPTIONS):
+        for (address, protocol, port), _, _, verdict, _ in self._read(_EXCEPTIONS):
             # a verdict that is not ours counts as DETECT, which nobody asks for: so it differs, and is replaced
             meaning = _MASQUERADES.get(verdict, Masquerade.DETECT) if isinstance(verdict, tuple) else Masquerade.DETECT
             seen.masquerade[VirtualAddress(protocol, address, port)] = meaning
-        for (address, protocol, port, real, real_port), _, remaining, _ in self._read(_DRAINING):
+        for (address, protocol, port, real, real_port), _, remaining, *_ in self._read(_DRAINING):
             # one without a clock is not ours: over, or it would stay for ever
             seen.draining[VirtualAddress(protocol, address, port), real, real_port] = -(-(remaining or 0) // 1000)
-        for _, comment, _, _ in self._read({0: _SETTINGS}):
+        for _, comment, *_ in self._read({0: _SETTINGS}):
             if found := _SETTING.fullmatch(comment):
                 seen.settings[found[1]] = int(found[2])
         return seen
@@ -221,11 +221,6 @@ class Guard:
         lines = [f"delete element inet {TABLE} {name} {{ {key} }}" for name, key, _ in _printed(remove)]
         lines += [f"add element inet {TABLE} {name} {{ {key}{rest} }}" for name, key, rest in _printed(add)]
         return "".join(line + "\n" for line in lines)
-
-
-def owner_comment(owner: str) -> str:
-    """The owner as a comment, or "" when it has characters or a length that no kernel tool shall ever see."""
-    return owner if _OWNER.fullmatch(owner) else ""
 
 
 def _additions(elements: Elements) -> list[bytes]:

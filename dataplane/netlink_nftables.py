@@ -55,17 +55,18 @@ class BatchRefused(KernelError):
     failures: tuple[Failure, ...] = ()
 
 
-def commit(sock: NetlinkSocket, messages: Sequence[bytes], generation: int | None = None) -> None:
-    """Carry out messages as one transaction: all of them or, with BatchRefused, none.
+def commit(sock: NetlinkSocket, messages: Sequence[bytes], generation: int | None = None) -> list[bytes]:
+    """Carry out messages as one transaction: all of them or, with BatchRefused, none. Returns echoes (NLM_F_ECHO).
 
     `generation`: refuse (ERESTART) unless the ruleset is still that generation (nfnetlink.c). Unanswered: it is not
     known which of the two happened.
     """
+    echoes: list[bytes] = []
     if not messages:
-        return
+        return echoes
     begin = _BEGIN if generation is None else _edge(BATCH_BEGIN, BatchAttrs.encode(genid=generation))
     data = b"".join((begin, *messages, _END))
-    failures = sock.transaction(data, _last(messages[-1], len(data) - len(_END)))
+    failures = sock.transaction(data, _last(messages[-1], len(data) - len(_END)), echoes)
     if failures:
         first = failures[0]
         refused = kernel_error("nf_tables batch:", describe(first.message), first.errno, first.text)
@@ -75,6 +76,7 @@ def commit(sock: NetlinkSocket, messages: Sequence[bytes], generation: int | Non
             refused = BatchRefused("nf_tables batch:", subject, first.errno, hint)
             refused.failures = tuple(failures)
         raise refused
+    return echoes
 
 
 _HINTS = {

@@ -7,6 +7,7 @@ Keys: the fields of a concatenation are each padded to four bytes. Comments are 
 TLVs (u8 type, u8 length, value), and type 0 is the comment with its final NUL (libnftnl/udata.h).
 """
 
+import re
 import struct
 from collections.abc import Callable, Iterable, Sequence
 from enum import IntEnum
@@ -149,6 +150,21 @@ class ElementAttrs(NlAttrs):
     timeout = attr(4, be64)
     expiration = attr(5, be64)
     userdata = attr(6, blob)
+    expression = attr(7, blob)
+
+
+class CounterAttrs(NlAttrs):
+    """NFTA_COUNTER_*."""
+
+    bytes = attr(1, be64)
+    packets = attr(2, be64)
+
+
+class ExpressionAttrs(NlAttrs):
+    """NFTA_EXPR_*."""
+
+    name = attr(1, cstring)
+    data = attr(2, blob)
 
 
 class ElementListAttrs(NlAttrs):
@@ -176,6 +192,14 @@ def comment_of(userdata: bytes) -> str:
             return userdata[at + 2 : at + 2 + length].split(b"\0", 1)[0].decode("utf-8", "replace")
         at += 2 + length
     return ""
+
+
+def owner_comment(owner: str) -> str:
+    """The owner as a comment, or "" when it has characters or a length that no kernel tool shall ever see."""
+    return owner if _OWNER.fullmatch(owner) else ""
+
+
+_OWNER = re.compile(r"[A-Za-z0-9._:/-]{1,100}")
 
 
 def request(what: Message, family: int, attributes: bytes = b"", flags: int = 0) -> bytes:
@@ -247,6 +271,8 @@ class Element(NamedTuple):
     remaining: int | None = None
     """Milliseconds until the kernel forgets it; None = never."""
     data: bytes | Verdict | None = None
+    packets: int = 0
+    """What its counter says."""
 
 
 @lru_cache(maxsize=8192)
@@ -299,6 +325,8 @@ class SetWire:
         # what every dumped element starts with: KEY { VALUE; the kernel sets no NLA_F_NESTED, later ones may
         self._prefix = header(fields.size + 4, 1) + header(self.key_length, 1)
         self._plain = self._template(None, False, 0)
+        self.plain = self._plain
+        """`element` without options, as fast as it gets: the fields of the key, then those of the data."""
 
     def _template(self, verdict: Verdict | None, timed: bool, comment: int) -> Callable[..., bytes]:
         return _element_template(self._key, () if verdict is not None else self._data, verdict, timed, comment)
@@ -316,17 +344,24 @@ class SetWire:
             fields = (*fields, comment.encode("ascii"))
         return self._template(verdict, timeout > 0, len(comment))(*fields)
 
+    def going(self, verdict: Verdict, comment: int) -> Callable[..., bytes]:
+        """A function that packs elements with that verdict: the fields of the key, then a comment of that length."""
+        return self._template(verdict, False, comment)
+
     def key(self, *fields: Any) -> bytes:
         """One packed element without data: what `remove` takes."""
         return _element_template(self._key, (), None, False, 0)(*fields)
 
-    def add(self, elements: Iterable[bytes]) -> list[bytes]:
+    def add(self, elements: Iterable[bytes], flags: int = 0) -> list[bytes]:
         """NEWSETELEM messages. An element that is there already stays as it is; a map's with other data is refused."""
-        return self._packed(Message.NEWSETELEM, elements, NLM_F_CREATE)
+        return self._packed(Message.NEWSETELEM, elements, NLM_F_CREATE | flags)
 
-    def remove(self, keys: Iterable[bytes]) -> list[bytes]:
-        """DELSETELEM messages. An element that is not there makes the kernel refuse the batch with ENOENT."""
-        return self._packed(Message.DELSETELEM, keys, 0)
+    def remove(self, keys: Iterable[bytes], flags: int = 0) -> list[bytes]:
+        """DELSETELEM messages. An element that is not there makes the kernel refuse the batch with ENOENT.
+
+        With NLM_F_ECHO the kernel answers with the elements as they were at their end.
+        """
+        return self._packed(Message.DELSETELEM, keys, flags)
 
     def flush(self) -> bytes:
         """The message that removes all elements."""
@@ -376,14 +411,14 @@ class SetWire:
             if length < rest_at or stop > end or buffer[at + 4 : at + key_at] != prefix:
                 found.append(self._decode_any(buffer, at + 4, stop, end))
             elif length == rest_at:
-                append(make((unpack_key(buffer, at + key_at), "", None, None)))
+                append(make((unpack_key(buffer, at + key_at), "", None, None, 0)))
             elif (  # nothing but user data that starts with a comment
                 buffer[at + rest_at + 2 : at + rest_at + 5] == b"\6\0\0"
                 and length_of(buffer, at + rest_at)[0] + 3 & ~3 == length - rest_at
             ):
                 text = at + rest_at + 6
                 comment = buffer[text : text + buffer[text - 1] - 1].decode("utf-8", "replace")
-                append(make((unpack_key(buffer, at + key_at), comment, None, None)))
+                append(make((unpack_key(buffer, at + key_at), comment, None, None, 0)))
             else:
                 found.append(self._decode_any(buffer, at + 4, stop, end))
             at = stop + 3 & ~3
@@ -400,7 +435,17 @@ class SetWire:
             verdict = told.get("verdict")
             data = (signed(verdict["code"]), verdict.get("chain", "")) if verdict is not None else told["value"]
         comment = comment_of(values.get("userdata", b""))
-        return Element(self._unpack_key(key.ljust(self._padded, b"\0")), comment, values.get("expiration"), data)
+        packets = counted(values["expression"]) if "expression" in values else 0
+        return Element(
+            self._unpack_key(key.ljust(self._padded, b"\0")), comment, values.get("expiration"), data, packets
+        )
+
+
+def counted(expression: bytes) -> int:
+    """Packets that an element's expression has counted, if it is a counter."""
+    told = ExpressionAttrs.decode(expression)
+    packets: int = CounterAttrs.decode(told["data"])["packets"] if told.get("name") == "counter" else 0
+    return packets
 
 
 def signed(number: int) -> int:

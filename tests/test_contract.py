@@ -17,7 +17,6 @@ from dataplane.testing import FakeBackend
 from .netns import NetNs
 from .words import at, server, shown
 
-
 MARKS = {"ipvs": pytest.mark.ipvs}  # any other mode is at home on every kernel with netfilter
 
 

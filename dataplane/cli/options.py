@@ -90,7 +90,7 @@ common_options = _together(
         type=click.Choice(("ipvs", "nftables", "iptables")),
         envvar="DATAPLANE_MODE",
         show_envvar=True,
-        help="Kernel mechanism; default ipvs (the other two are not there yet).",
+        help="Kernel mechanism; default ipvs.",
     ),
     click.option("--config", "config_file", metavar="FILE", help="AgentConfiguration file; options here win over it."),
     click.option(
@@ -137,6 +137,16 @@ kernel_options = _together(
         metavar="TCP,FIN,UDP",
         callback=_timeouts,
         help="IPVS connection timeouts in seconds, 0 leaves one as it is; default: all as they are.",
+    ),
+    click.option(
+        "--iptables-compat",
+        type=click.Choice(("classic", "current")),
+        help="Rules as the tutorials show them, or as kube-proxy writes them now; default classic.",
+    ),
+    click.option(
+        "--iptables-tool",
+        type=click.Choice(("auto", "legacy", "nft")),
+        help="Back end of iptables; default auto, the one the host has chosen.",
     ),
 )
 

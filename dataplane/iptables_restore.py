@@ -1,0 +1,435 @@
+"""iptables mode: kube-proxy's chains, written by iptables-restore and read back from iptables-save.
+
+One process per family and change. A restore is atomic per table; `filter` goes before `nat`, and either order is safe:
+refusals in filter meet only what nat has not sent to an endpoint. What is ours: chains of our names in tables that hold
+our marker chain. Where chains of such names stand without it, somebody else (a kube-proxy) has them, and this mode does
+not start.
+
+When a restore fails, the family is read again and the rest of the plan is made from what is there; if it fails again,
+the object of the named line (or, when none is named, the half that fails) is left out, and the rest goes on.
+"""
+
+import contextlib
+import errno
+import re
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
+
+from msgspec import Struct
+
+from .backend import Options, Outcome, RealCounters, ServerReport, Transaction
+from .drain import DrainKey
+from .errors import KernelError, PreflightError, ToolError
+from .iptables_books import Books, Script, Wanted
+from .iptables_text import (
+    JUMPS,
+    MARKER,
+    SERVICES,
+    Form,
+    Table,
+    chain_name,
+    express,
+    fixed,
+    marker,
+    same_rule,
+    same_rules,
+)
+from .model import Address, Family, VirtualAddress, VirtualServer, family_of
+from .plan import Plan, State
+from .procfs_sysctl import Change, apply, check, restore, running_kernel
+from .procfs_sysctl import Wanted as WantedSysctl
+from .run_iptables import Tools, legacy_tables
+
+CULPRITS = 32
+"""Refused objects that one commit looks for; what is left then fails with them and is tried again."""
+LOOK_SECONDS = 0.1
+"""A look that `intact` took serves the `observe` right behind it."""
+
+SYSCTLS = (WantedSysctl("net.ipv4.ip_forward", 1, "packets to a VIP leave for real servers on other machines"),)
+_NOTE = re.compile(r'^-m comment --comment "([a-z0-9_.]+) was (\d+)"$')
+_LINE = re.compile(r"(?:occurred at line: |line )(\d+)\b")
+
+
+def open_backend(options: Options) -> "IptablesBackend":
+    """The backend in the calling thread's network namespace."""
+    return IptablesBackend(options)
+
+
+class IptablesTransaction(Struct, frozen=True):
+    """A plan as one iptables-restore input per family, which is what it prints."""
+
+    plan: Plan
+    wanted: dict[Family, Wanted]
+    scripts: dict[Family, Script]
+    unsure: frozenset[VirtualAddress]
+    headers: dict[Family, str]
+
+    def __str__(self) -> str:
+        return "".join(f"# {self.headers[f]}\n{one.text()}" for f, one in self.scripts.items() if one.lines)
+
+
+class IptablesBackend:
+    """`backend.Backend` for iptables, legacy or nft."""
+
+    mode = "iptables"
+    drains = False
+
+    def __init__(self, options: Options, clock: Callable[[], float] = time.monotonic) -> None:
+        self._form = Form(options.iptables_compat == "classic", options.masquerade_all, options.cluster_cidrs)
+        self._clock = clock
+        families = (Family.IPV4, *([Family.IPV6] if Path("/proc/sys/net/ipv6").exists() else []))
+        self._tools = {family: Tools(family, options.iptables_tool) for family in families}
+        self._books: dict[Family, Books] = {}
+        self._looked: tuple[float, dict[Family, Books]] | None = None
+        self._prepared = False
+        self._before: dict[str, int] = {}
+        self._fully_random = True
+        self._refused: dict[VirtualAddress, VirtualServer] = {}
+        self._hits: dict[tuple[Family, str], tuple[int, int]] = {}
+        """Of each endpoint's chain: what was counted before the count fell, and the last count."""
+
+    @property
+    def flavour(self) -> str:
+        """`legacy` or `nft`."""
+        return self._tools[Family.IPV4].flavour
+
+    # ------------------------------------------------------------------------------------------------ contract
+
+    def express(self, server: VirtualServer) -> VirtualServer:
+        """Weights are expressed, by probabilities; schedulers, thresholds and a VIP on this node are not."""
+        return express(self._form, server)
+
+    def prepare(self) -> tuple[str, ...]:
+        """Marker, fixed chains, jumps and sysctls; chains that are not tidy are written anew."""
+        lacks = []
+        lacking = [one for one in check(SYSCTLS, running_kernel()) if one.error and one.before is not None]
+        for family, tools in list(self._tools.items()):
+            tables = tools.save()
+            for name in ("nat", "filter"):
+                self._refuse_foreign(tables.get(name, Table()), name, tools)
+            if family is Family.IPV4:
+                # noted before it changes, so that `remove` can put it back whoever runs it
+                before = {one.name: one.before for one in lacking if one.before is not None}
+                self._before = before | self._before | _settings(tables)
+            try:
+                self._repair(family, tables)
+            except ToolError as error:
+                if family is Family.IPV4:
+                    raise PreflightError(f"iptables does not work here: {error}", "modprobe iptable_nat") from None
+                lacks.append(f"IPv6 Services cannot be had: {error}")
+                del self._tools[family]
+        self._prepared = True
+        lacks += [str(one) for one in apply(SYSCTLS, running_kernel()) if one.error]
+        return (*lacks, *self._other_flavour())
+
+    def observe(self, only: Collection[VirtualAddress] | None = None) -> State:
+        """What the tables hold of ours; nothing, where they have no marker of ours."""
+        looked, self._looked = self._looked, None
+        if looked is not None and only is None and self._clock() - looked[0] < LOOK_SECONDS:
+            self._books = looked[1]
+        else:
+            self._books = {family: self._read(family, tools.save()) for family, tools in self._tools.items()}
+        held = (one for books in self._books.values() for one in books.held.values())
+        return State(one.server for one in held if only is None or one.server.at in only)
+
+    def suspects(self, held: State) -> set[VirtualAddress] | None:
+        """Cannot tell: `intact` has read everything already, and `observe` right behind it costs nothing."""
+        return None
+
+    def compile(self, plan: Plan) -> Transaction:
+        """What the plan adds and the tables hold already is unsure; what it removes and they lack is done."""
+        wanted: dict[Family, list[tuple[VirtualAddress, VirtualServer | None]]] = {}
+        unsure = set()
+        for server in plan.add:
+            if self._holds(server.at):
+                unsure.add(server.at)
+            else:
+                wanted.setdefault(family_of(server.at.address), []).append((server.at, self.express(server)))
+        for change in plan.change:
+            at = change.new.at
+            if self._book(at).held.get(at) is None:
+                unsure.add(at)
+            else:
+                wanted.setdefault(family_of(at.address), []).append((at, self.express(change.new)))
+        for server in plan.remove:
+            if server.at in self._book(server.at).held:
+                wanted.setdefault(family_of(server.at.address), []).append((server.at, None))
+        scripts = {family: self._book_of(family).compose(some) for family, some in sorted(wanted.items())}
+        headers = {family: self._tools[family].command if family in self._tools else "ip6tables" for family in wanted}
+        return IptablesTransaction(plan, dict(wanted), scripts, frozenset(unsure), headers)
+
+    def commit(self, transaction: Transaction) -> Outcome:
+        """One restore per family; objects that are refused are left out of a further one."""
+        assert isinstance(transaction, IptablesTransaction)
+        failed: dict[VirtualAddress, KernelError] = {}
+        for family, script in transaction.scripts.items():
+            wanted = transaction.wanted[family]
+            if family not in self._tools:
+                error = KernelError("program", "ip6tables", errno.EAFNOSUPPORT, "this machine has no ip6tables")
+                failed.update((at, error) for at, _ in wanted)
+                continue
+            doubtful = [(at, new) for at, new in wanted if new is not None and self._refused.get(at) == new]
+            if not doubtful:
+                self._program(family, wanted, failed, script)
+                continue
+            doubted = {at for at, _ in doubtful}
+            self._program(family, [one for one in wanted if one[0] not in doubted], failed)
+            self._program(family, doubtful, failed)
+        for at in transaction.plan.addresses():
+            self._refused.pop(at, None)
+        wishes = {at: new for some in transaction.wanted.values() for at, new in some if new is not None}
+        self._refused.update((at, wishes[at]) for at in failed if at in wishes)
+        return Outcome(failed, transaction.unsure)
+
+    def intact(self) -> bool:
+        """Marker, fixed chains and jumps stand, shared chains hold nothing else, no chain is left over."""
+        looks, whole = {}, True
+        for family, tools in self._tools.items():
+            tables = tools.save()
+            looks[family] = self._read(family, tables)
+            whole = whole and not self._flaws(family, tables, looks[family])
+        self._looked = (self._clock(), looks)
+        return whole
+
+    def clocks(self) -> dict[DrainKey, float]:
+        """None: conntrack keeps connections to removed real servers alive."""
+        return {}
+
+    def keep_clocks(self, add: dict[DrainKey, int], remove: Collection[DrainKey]) -> None:
+        """Nothing to keep."""
+
+    def open_connections(self, at: VirtualAddress) -> dict[tuple[Address, int], int]:
+        """Not known here, and not asked: nothing drains in this mode."""
+        return {}
+
+    def report(self) -> Iterator[ServerReport]:
+        """Our servers, with the connections that the DNAT rule of each endpoint has counted."""
+        for family in self._tools:
+            books, hits = self._counted(family)
+            for at, held in sorted(books.held.items()):
+                rows = tuple(
+                    (real, RealCounters(0, 0, hits.get(chain_name("SEP", f"{held.seed}{real}"), 0)))
+                    for real in held.server.real_servers
+                )
+                yield ServerReport(
+                    held.server, 0, sum(counters.connections for _, counters in rows), rows, at in books.held
+                )
+
+    def monitors(self) -> tuple[int, ...]:
+        """None: legacy tables tell nobody of changes; the agent's timer looks."""
+        return ()
+
+    def disturbed(self) -> bool:
+        """Not told."""
+        return False
+
+    def remove(self) -> None:
+        """Our jumps and chains go, sysctls get back what the marker chain remembers."""
+        ours = {one.name: one.value for one in SYSCTLS}
+        for tools in self._all_tools():
+            try:
+                tables = tools.save()
+            except (PreflightError, ToolError):
+                continue  # no such programs, so nothing of ours
+            restore(Change(name, old, old, ours[name]) for name, old in _settings(tables).items() if name in ours)
+            text = "".join(_removal(name, table) for name, table in tables.items() if table.owned)
+            if text:
+                tools.restore(text)
+        self._books, self._looked, self._prepared, self._before = {}, None, False, {}
+        self._hits.clear()
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+    # -------------------------------------------------------------------------------------------- fixed parts
+
+    def _refuse_foreign(self, table: Table, name: str, tools: Tools) -> None:
+        """Chains of our names without our marker are another kube-proxy's; a lost marker of this process's is not."""
+        ours = [chain for chain in table.ours() if chain != MARKER]
+        theirs = [chain for chain in table.chains if chain == "KUBE-PROXY-CANARY"]
+        if (ours and not table.owned and not self._prepared) or theirs:
+            shown = ", ".join(sorted(theirs or ours)[:3])
+            raise PreflightError(
+                f"table {name} of {tools.prefix} has chains of a kube-proxy that is not this program: {shown}",
+                "stop kube-proxy on this node and run kube-proxy --cleanup",
+            )
+
+    def _flaws(self, family: Family, tables: Mapping[str, Table], books: Books) -> str:
+        """The restore text that mends the fixed parts, and leaves alone what is as it should be."""
+        form = self._form
+        settings = (self._before or _settings(tables)) if family is Family.IPV4 else {}
+        wanted = fixed(form, family, fully_random=self._fully_random)
+        # the marker comes before any other chain: whatever happens next, these chains are known to be ours
+        text = []
+        for name, notes in (("filter", {}), ("nat", settings)):
+            rules = marker(notes)
+            if not same_rules(tables.get(name, Table()).chains.get(MARKER, ()), rules):
+                lines = [f"*{name}", f":{MARKER} - [0:0]", *(f"-A {MARKER} {rule}" for rule in rules), "COMMIT"]
+                text.append("\n".join(lines) + "\n")
+        tidy = books.tidy and not books.orphans and SERVICES in tables.get("nat", Table()).chains
+        if not tidy:
+            text.append("\n".join(books.compose((), whole=True).lines) + "\n")
+        for name in ("filter", "nat"):
+            table = tables.get(name, Table())
+            lines = []
+            for chain, rules in wanted[name].items():
+                if chain not in table.chains or not same_rules(table.chains[chain], rules):
+                    lines += [f":{chain} - [0:0]", *(f"-A {chain} {rule}" for rule in rules)]
+            standing = {chain for chain, _ in table.jumps}
+            for chain, rule in JUMPS[name]:
+                if chain not in standing or not any(at == chain and same_rule(one, rule) for at, one in table.jumps):
+                    lines.append(f"-I {chain} {rule}")
+            if lines:
+                text.append("\n".join([f"*{name}", *lines, "COMMIT"]) + "\n")
+        return "".join(text)
+
+    def _repair(self, family: Family, tables: Mapping[str, Table]) -> None:
+        tools = self._tools[family]
+        books = self._read(family, tables, owned=True)  # where the marker was lost, too
+        text = self._flaws(family, tables, books)
+        if not text:
+            return
+        try:
+            tools.restore(text)
+        except ToolError:
+            if not self._fully_random:
+                raise
+            self._fully_random = False  # iptables before 1.6.2 and kernels before 3.13 lack it
+            tools.restore(self._flaws(family, tables, books))
+        self._looked = None
+
+    def _other_flavour(self) -> tuple[str, ...]:
+        """Chains of ours among the tables of the other back end would take packets twice."""
+        for tools in self._all_tools()[len(self._tools) :]:
+            with contextlib.suppress(PreflightError, ToolError):
+                chains = sorted(chain for table in tools.save().values() for chain in table.ours())
+                if chains:
+                    told = f"iptables here is {self.flavour}, and {tools.prefix} has chains of Services too"
+                    return (f"{told} ({', '.join(chains[:3])}): packets meet both; remove those",)
+        return ()
+
+    def _all_tools(self) -> list[Tools]:
+        """Those of this back end, then of the other one, as far as it has tables."""
+        other = "legacy" if self.flavour == "nft" else "nft"
+        return [
+            *self._tools.values(),
+            *(Tools(family, other) for family in self._tools if other == "nft" or "nat" in legacy_tables(family)),
+        ]
+
+    # ------------------------------------------------------------------------------------------------- looking
+
+    def _read(self, family: Family, tables: Mapping[str, Table], *, owned: bool = False) -> Books:
+        ours = {name: table for name, table in tables.items() if owned or table.owned}
+        return Books.read(self._form, family, ours)
+
+    def _book_of(self, family: Family) -> Books:
+        if family not in self._books:
+            self._books[family] = Books(self._form, family)
+        return self._books[family]
+
+    def _book(self, at: VirtualAddress) -> Books:
+        return self._book_of(family_of(at.address))
+
+    def _holds(self, at: VirtualAddress) -> bool:
+        held = self._book(at).held.get(at)
+        return held is not None and not held.damaged
+
+    def _counted(self, family: Family) -> tuple[Books, dict[str, int]]:
+        """Connections by endpoint chain, which never fall: neither by somebody's `-Z` nor by a look in between.
+
+        iptables-legacy puts the counters back a moment after it has replaced a table, so a fall is looked at twice.
+        """
+        for attempt in (0, 1):
+            tables = self._tools[family].save()
+            now = tables.get("nat", Table()).hits
+            fell = [name for name, count in now.items() if count < self._hits.get((family, name), (0, 0))[1]]
+            if not fell or attempt:
+                break
+            time.sleep(0.02)
+        for name, count in now.items():
+            before, last = self._hits.get((family, name), (0, 0))
+            self._hits[family, name] = (before + last if count < last else before, count)
+        for key in [key for key in self._hits if key[0] == family and key[1] not in now]:
+            del self._hits[key]
+        return self._read(family, tables), {name: sum(self._hits[family, name]) for name in now}
+
+    # ------------------------------------------------------------------------------------------------- writing
+
+    def _program(
+        self,
+        family: Family,
+        wanted: Wanted,
+        failed: dict[VirtualAddress, KernelError],
+        script: Script | None = None,
+    ) -> None:
+        """Bring some objects to what they shall be; what is refused is put into `failed`, the rest is done."""
+        waiting: list[Wanted] = [wanted]
+        seen: set[VirtualAddress] = set()
+        culprits = 0
+        while waiting:
+            some = waiting.pop()
+            try:
+                self._restore(family, script or self._book_of(family).compose(some))
+                script = None
+                continue
+            except ToolError as error:
+                told = str(error)
+                blamed = _blamed(told, script or self._book_of(family).compose(some))
+            script = None
+            self._books[family] = self._read(family, self._tools[family].save())
+            fresh = {at for at, _ in some} - seen
+            seen |= fresh
+            if fresh and len(fresh) == len(some) and culprits == 0:
+                waiting.append(some)  # what we knew was old, perhaps: once more from what is there
+                continue
+            if len(some) == 1 or culprits >= CULPRITS:
+                culprits += 1
+                for at, _ in some:
+                    failed[at] = KernelError("program", str(at), errno.EINVAL, told)
+            elif blamed is not None:
+                culprits += 1
+                failed[blamed] = KernelError("program", str(blamed), errno.EINVAL, told)
+                waiting.append([one for one in some if one[0] != blamed])
+            else:
+                middle = len(some) // 2
+                waiting += [some[middle:], some[:middle]]
+        if failed and not self._book_of(family).tidy:
+            # filter took what nat refused
+            self._restore(family, self._book_of(family).compose((), whole=True))
+
+    def _restore(self, family: Family, script: Script) -> None:
+        if script.lines:
+            tools = self._tools[family]
+            hits = tools.save().get("nat", Table()).hits if script.carried else None
+            self._looked = None
+            tools.restore(script.text(hits), counters=bool(hits))
+        self._book_of(family).apply(script)
+
+
+def _blamed(told: str, script: Script) -> VirtualAddress | None:
+    """The object whose line a failed restore names."""
+    found = _LINE.search(told)
+    return script.blame.get(int(found[1])) if found else None
+
+
+def _settings(tables: Mapping[str, Table]) -> dict[str, int]:
+    """Sysctls as they were before us, from the marker chain."""
+    notes = map(_NOTE.match, tables.get("nat", Table()).chains.get(MARKER, ()))
+    return {note[1]: int(note[2]) for note in notes if note}
+
+
+def _removal(name: str, table: Table) -> str:
+    """The text that takes our chains out of a table; one that somebody else jumps to is only emptied."""
+    ours = table.ours()
+    mine = {
+        (chain, one) for chain, one in table.jumps for at, rule in JUMPS[name] if at == chain and same_rule(one, rule)
+    }
+    lines = [f"*{name}", *(f":{chain} - [0:0]" for chain in ours)]
+    lines += [
+        f"-D {chain} {rule}" for chain, rule in JUMPS[name] for at, one in mine if at == chain and same_rule(one, rule)
+    ]
+    used = " ".join(rule for chain, rule in table.jumps if (chain, rule) not in mine) + " "
+    used += " ".join(rule for chain, rules in table.chains.items() if chain not in ours for rule in rules) + " "
+    lines += [f"-X {chain}" for chain in ours if f"-j {chain} " not in used and f"-g {chain} " not in used]
+    return "\n".join([*lines, "COMMIT"]) + "\n"

@@ -1,0 +1,475 @@
+"""nftables mode: one table of our own with a constant skeleton; Services and endpoints are elements, by netlink.
+
+`nft_tables.nft` has the rules, `nft_layout` how a server lies in them, `nft_chains` the few chains made on demand. Here
+is the outside: one atomic batch for each commit, tied to the generation of the ruleset that our knowledge (`_entries`)
+is of. A commit of somebody else in between makes the kernel refuse it (ERESTART); if that did not touch our table, the
+batch is sent again, else the outcome is Unanswered and the caller observes.
+
+Counters: the kernel counts connections on the elements of `endpoints`, and loses a count only with its element. When a
+change of a server takes elements away (a slot moves, an affinity begins), the kernel echoes them as they were, and what
+they counted is kept in memory. A new process begins with what the elements say.
+"""
+
+import errno
+import sys
+from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path
+from typing import Literal
+
+from msgspec import Struct
+
+from . import netlink_nftables as netlink
+from . import nft_layout as lay
+from . import nftables_messages as nft
+from .backend import Options, Outcome, RealCounters, ServerReport, Transaction
+from .drain import DrainKey
+from .errors import KernelError, Unanswered
+from .ipvs_guard import GuardOptions
+from .model import Address, VirtualAddress, VirtualServer, format_address
+from .netlink_socket import HEADER, NETLINK_NETFILTER, NLM_F_ECHO, NetlinkSocket
+from .nft_chains import chain_of, needed
+from .nft_layout import NOTHING, TABLE, Difference, Entry, Target
+from .nft_skeleton import StaticTable, render
+from .nlattr import u32_bytes
+from .plan import Plan, State
+from .procfs_sysctl import Change, Wanted, apply, check, restore, running_kernel
+
+SYSCTLS = (Wanted("net.ipv4.ip_forward", 1, "packets to a Service leave for endpoints on other machines"),)
+_TEXT = Path(__file__).with_suffix(".nft")
+_RACES = 20
+"""Commits of others that may come in between before a commit of ours gives up."""
+
+
+def open_backend(options: Options) -> "NftablesBackend":
+    """The backend in the calling thread's network namespace."""
+    return NftablesBackend(options)
+
+
+class Step(Struct, frozen=True):
+    """One virtual server on its way: as it lies, and as it shall lie."""
+
+    at: VirtualAddress
+    old: Entry
+    new: Entry
+
+
+class NftTransaction(Struct, frozen=True):
+    """A plan with the elements it takes; prints as one `nft -f` script."""
+
+    plan: Plan
+    steps: tuple[Step, ...]
+    chains: tuple[str, ...]
+    """To be made, as no Service needed them before."""
+    unsure: frozenset[VirtualAddress]
+    """The plan was made for something else than what lies there."""
+
+    def __str__(self) -> str:
+        plan = self.plan
+        made = [line for name in self.chains if (chain := chain_of(name)) for line in chain.script()]
+        gone, come = [], []
+        for step in sorted(self.steps, key=lambda each: (len(each.at.address), each.at)):
+            old, new = lay.printed(step.at, step.old, step.new)
+            name = f"# {step.at} {step.new.label or step.old.label}".rstrip()
+            gone += [name, *old] if old else []
+            come += [name, *new] if new else []
+        for verb, lines, vips, hairpins in (
+            ("delete", gone, plan.unbind, plan.hairpin_remove),
+            ("add", come, plan.bind, plan.hairpin_add),
+        ):
+            for address in sorted(vips):
+                text = format_address(address)
+                lines.append(f"{verb} element inet {TABLE} cluster_ips{_suffix(address)} {{ {text} }}")
+            for address in sorted(hairpins):
+                text = format_address(address)
+                lines.append(f"{verb} element inet {TABLE} hairpin{_suffix(address)} {{ {text} . {text} }}")
+        return "".join(line + "\n" for line in (*made, *gone, *come))
+
+
+class NftablesBackend:
+    """`backend.Backend` for nftables."""
+
+    mode = "nftables"
+    drains = False
+
+    def __init__(self, options: Options) -> None:
+        rules = GuardOptions(options.masquerade_all, options.cluster_cidrs).rules()
+        self._sock = NetlinkSocket(NETLINK_NETFILTER)
+        self._text = render(_TEXT.read_text(), rules)
+        self._table = StaticTable(self._sock, TABLE, self._text, lambda name: chain_of(name) is not None)
+        self._monitor: NetlinkSocket | None = None
+        self._touched = False
+        self._entries: dict[VirtualAddress, Entry] = {}
+        self._chains: set[str] = set()
+        self._generation: int | None = None
+        self._counted: dict[VirtualAddress, dict[Target, int]] = {}
+        """Connections that elements which are gone had counted."""
+
+    # ------------------------------------------------------------------------------------------------ contract
+
+    def express(self, server: VirtualServer) -> VirtualServer:
+        """Random choice, weights as slots; see `nft_layout.canonical`."""
+        return lay.canonical(server)
+
+    def prepare(self) -> tuple[str, ...]:
+        """Table and sysctls; nothing is written that is there already."""
+        lacking = [one for one in check(SYSCTLS, running_kernel()) if one.error and one.before is not None]
+        self._table.ensure()
+        messages = []
+        for name, comments in self._table.read()[1].items():
+            chain = chain_of(name)
+            if chain is not None and chain.comments() != comments:
+                messages += chain.messages(there=True)
+        # what was there before us is noted before it changes, so that `remove` can put it back whoever runs it
+        notes = [
+            lay.SETTINGS.element(u32_bytes(number), comment=f"{one.name}={one.before}")
+            for number, one in enumerate(lacking)
+        ]
+        netlink.commit(self._sock, [*messages, *lay.SETTINGS.add(notes)])
+        self._generation = None  # what we know of the elements has to be looked up
+        return tuple(str(one) for one in apply(SYSCTLS, running_kernel()) if one.error)
+
+    def observe(self, only: Collection[VirtualAddress] | None = None) -> State:
+        """What the kernel holds of ours; `ghosts` are virtual addresses of which there are only parts."""
+        vips: set[Address] = set()
+        hairpins: set[Address] = set()
+        for _ in range(_RACES):
+            before = netlink.read_generation(self._sock).id
+            self._entries, self._chains = {}, set()
+            if self._table.exists():
+                self._entries, vips, hairpins, _ = self._read()
+                self._chains = set(self._table.read()[1])
+            if netlink.read_generation(self._sock).id == before:
+                break
+        else:
+            raise Unanswered("read", TABLE, errno.EAGAIN, "the ruleset changes all the time")
+        self._generation = before
+        state = State(vips=vips, hairpins=hairpins)
+        wanted = self._entries.keys() if only is None else self._entries.keys() & set(only)
+        for at in wanted:
+            entry = self._entries[at]
+            if entry.whole():
+                state.put(lay.server_of(at, entry, vips, hairpins))
+            else:
+                state.ghosts.add(at)
+        for at in self._counted.keys() - self._entries.keys():
+            del self._counted[at]
+        return state
+
+    def suspects(self, held: State) -> set[VirtualAddress] | None:
+        """None at all while the ruleset is of the generation we know; what packets write does not raise it."""
+        if self._generation is None or netlink.read_generation(self._sock).id != self._generation:
+            return None
+        return set()
+
+    def compile(self, plan: Plan) -> NftTransaction:
+        """The plan with the elements that turn what lies there into what shall be."""
+        if self._generation is None:
+            self.observe()
+        steps, unsure = [], set()
+        chains: dict[str, None] = {}
+        for server in plan.add:
+            old = self._entries.get(server.at, NOTHING)
+            if old is not NOTHING and old.whole():
+                unsure.add(server.at)
+                continue
+            steps.append(Step(server.at, old, lay.layout(_canonical(server), old)))
+        for change in plan.change:
+            at = change.new.at
+            if at not in self._entries:
+                unsure.add(at)
+                continue
+            old = self._entries[at]
+            steps.append(Step(at, old, lay.layout(_canonical(change.new), old)))
+        for step in steps:
+            if step.new.chain and step.new.chain not in self._chains:
+                chains |= dict.fromkeys(name for name in needed(step.new.chain) if name not in self._chains)
+        for server in plan.remove:
+            old = self._entries.get(server.at, NOTHING)
+            if old is not NOTHING:
+                steps.append(Step(server.at, old, NOTHING))
+        return NftTransaction(plan, tuple(steps), tuple(chains), frozenset(unsure))
+
+    def commit(self, transaction: Transaction) -> Outcome:
+        """One batch. What the kernel refuses is found, left out, and the rest sent again."""
+        assert isinstance(transaction, NftTransaction)
+        failed: dict[VirtualAddress, KernelError] = {}
+        unsure = set(transaction.unsure)
+        self._commit(transaction.steps, transaction.chains, _addresses(transaction.plan), failed, unsure)
+        return Outcome(failed, frozenset(unsure))
+
+    def intact(self) -> bool:
+        """Sets, chains and rules are as `prepare` left them."""
+        if not self._table.exists():
+            return False
+        found, later = self._table.read()
+        made = ((chain_of(name), comments) for name, comments in later.items())
+        return self._table.matches(found) and all(chain is not None and chain.comments() == c for chain, c in made)
+
+    def clocks(self) -> dict[DrainKey, float]:
+        """None: conntrack keeps the connections of a removed endpoint."""
+        return {}
+
+    def keep_clocks(self, add: dict[DrainKey, int], remove: Collection[DrainKey]) -> None:
+        """Nothing to keep."""
+
+    def open_connections(self, at: VirtualAddress) -> dict[Target, int]:
+        """Conntrack is not asked: as far as this table knows, none."""
+        return dict.fromkeys((each for each in self._entries.get(at, NOTHING).slots() if each), 0)
+
+    def report(self) -> Iterator[ServerReport]:
+        """Every server of ours with its counters."""
+        if not self._table.exists():
+            return
+        entries, vips, hairpins, packets = self._read()
+        for at in sorted(entries, key=lambda each: (len(each.address), each)):
+            entry = entries[at]
+            counts = dict(self._counted.get(at, {}))
+            for index, target in entry.endpoints.items():
+                counts[target] = counts.get(target, 0) + packets[at, index]
+            server = lay.server_of(at, entry, vips, hairpins)
+            rows = tuple(
+                (real, RealCounters(0, 0, counts.get((real.address, real.port), 0))) for real in server.real_servers
+            )
+            yield ServerReport(server, 0, sum(counts.values()), rows, True)
+
+    def monitors(self) -> tuple[int, ...]:
+        """The socket on which the kernel tells of nftables changes."""
+        if self._monitor is None:
+            self._monitor = NetlinkSocket(NETLINK_NETFILTER, groups=(netlink.GROUP,))
+        return (self._monitor.fileno(),)
+
+    def disturbed(self) -> bool:
+        """Somebody else changed our table, or we cannot know (events were lost)."""
+        self._listen()
+        touched, self._touched = self._touched, False
+        return touched
+
+    def remove(self) -> None:
+        """Delete the table; put sysctls back."""
+        if self._table.exists():
+            before = {}
+            for _, comment, *_ in netlink.read_elements(self._sock, lay.SETTINGS):
+                name, _, value = comment.partition("=")
+                if value.isdecimal():
+                    before[name] = int(value)
+            ours = {one.name: one.value for one in SYSCTLS}
+            restore(Change(name, value, value, ours[name]) for name, value in before.items() if name in ours)
+            try:
+                netlink.commit(self._sock, [netlink.delete_table(nft.INET, TABLE)])
+            except KernelError as error:
+                if error.errno != errno.ENOENT:
+                    raise
+        self._entries, self._chains, self._generation, self._counted = {}, set(), None, {}
+
+    def close(self) -> None:
+        """Give descriptors back."""
+        self._sock.close()
+        if self._monitor is not None:
+            self._monitor.close()
+
+    # ------------------------------------------------------------------------------------------------- writing
+
+    def _commit(
+        self,
+        steps: Collection[Step],
+        chains: Iterable[str],
+        shared: "_Shared | None",
+        failed: dict[VirtualAddress, KernelError],
+        unsure: set[VirtualAddress],
+    ) -> None:
+        """Send steps in one batch; when the kernel refuses it, the suspects go one by one behind the rest."""
+        try:
+            self._send(steps, chains, shared)
+            return
+        except netlink.BatchRefused as error:
+            suspects = {at for failure in error.failures for at in _named(failure.message)}
+            refused = error
+        doubtful = [step for step in steps if step.at in suspects]
+        if len(steps) == 1 and (doubtful or not shared):
+            (step,) = steps
+            if refused.errno in (errno.EEXIST, errno.ENOENT, errno.EBUSY):
+                unsure.add(step.at)
+            else:
+                failed[step.at] = KernelError("program", str(step.at), refused.errno, refused.hint)
+            return
+        if not doubtful:
+            # it is no server's element: what we know of the table cannot be true
+            raise Unanswered("commit", refused.subject, refused.errno, refused.hint) from refused
+        chains = list(chains)
+        rest = [step for step in steps if step.at not in suspects]
+        wanted = {name for step in rest if step.new.chain for name in needed(step.new.chain)}
+        self._commit(rest, [name for name in chains if name in wanted], shared, failed, unsure)
+        for step in doubtful:
+            missing = [name for name in needed(step.new.chain) if name and name not in self._chains]
+            self._commit([step], missing, None, failed, unsure)
+
+    def _send(self, steps: Collection[Step], chains: Iterable[str], shared: "_Shared | None") -> None:
+        made = [name for name in chains if name not in self._chains]
+        difference = Difference()
+        for step in steps:
+            difference.apply(step.at, step.old, step.new)
+        removed, added = shared or ({}, {})
+        messages = [message for name in made if (chain := chain_of(name)) for message in chain.messages()]
+        for packed, flags in ((difference.remove, 0), (removed, 0), (difference.counted, NLM_F_ECHO)):
+            messages += [message for wire, each in packed.items() for message in wire.remove(each, flags)]
+        for packed in (difference.add, added):
+            messages += [message for wire, each in packed.items() for message in wire.add(each)]
+        if not messages:
+            return
+        for echo in self._transact(messages):
+            self._keep_count(echo)
+        self._chains.update(made)
+        for step in steps:
+            if step.new is NOTHING:
+                self._entries.pop(step.at, None)
+                self._counted.pop(step.at, None)
+            else:
+                self._entries[step.at] = step.new
+
+    def _transact(self, messages: list[bytes]) -> list[bytes]:
+        """The batch, for the generation we know; again, if another table's change was all that came in between."""
+        for _ in range(_RACES):
+            try:
+                echoes = netlink.commit(self._sock, messages, self._generation)
+            except netlink.BatchRefused as error:
+                if error.errno != errno.ERESTART:
+                    raise
+                self._generation = netlink.read_generation(self._sock).id
+                if self._monitor is None or self._listen():
+                    self._generation = None
+                    raise Unanswered("commit", TABLE, errno.ERESTART, "somebody else changes nftables") from error
+                continue
+            except Unanswered:
+                self._generation = None
+                raise
+            if self._generation is not None:
+                self._generation = self._generation % 0xFFFF_FFFF + 1
+            return echoes
+        raise Unanswered("commit", TABLE, errno.ERESTART, f"others change nftables, {_RACES} times in a row")
+
+    def _listen(self) -> bool:
+        """Read the monitor; whether somebody else has touched our table since `disturbed` was asked."""
+        if self._monitor is not None:
+            notes, lost = self._monitor.notifications()
+            touches = netlink.foreign_touches(notes, nft.INET, TABLE, (self._sock.port,))
+            self._touched = self._touched or lost or bool(touches)
+        return self._touched
+
+    def _keep_count(self, echo: bytes) -> None:
+        """What elements had counted that a commit of ours took away."""
+        kind = HEADER.unpack_from(echo)[1]
+        if kind != nft.SUBSYSTEM << 8 | nft.Message.DELSETELEM:
+            return
+        for wire in lay.ENDPOINTS.values():
+            if nft.ElementListAttrs.decode(echo, nft.BODY).get("set") != wire.name:
+                continue
+            for each in wire.elements_in(echo):
+                address, protocol, port, _ = each.key
+                if each.packets and isinstance(each.data, bytes):
+                    counts = self._counted.setdefault(VirtualAddress(protocol, address, port), {})
+                    target = _target(each.data)
+                    counts[target] = counts.get(target, 0) + each.packets
+
+    # ------------------------------------------------------------------------------------------------- reading
+
+    def _read(
+        self,
+    ) -> tuple[dict[VirtualAddress, Entry], set[Address], set[Address], dict[tuple[VirtualAddress, int], int]]:
+        """Entries, VIPs, hairpin addresses, and packets counted by index."""
+        entries: dict[VirtualAddress, Entry] = {}
+        packets: dict[tuple[VirtualAddress, int], int] = {}
+
+        def entry(key: tuple[Address, int, int]) -> Entry:
+            at = VirtualAddress(key[1], key[0], key[2])
+            if at not in entries:
+                entries[at] = Entry()
+            return entries[at]
+
+        vips: set[Address] = set()
+        hairpins: set[Address] = set()
+        for width in (4, 16):
+            for one in self._dump(lay.SERVICES[width]):
+                found = entry(one.key)
+                found.chain = one.data[1] if isinstance(one.data, tuple) else ""
+                found.label = nft.owner_comment(one.comment)
+            for one in self._dump(lay.NO_ENDPOINTS[width]):
+                found = entry(one.key)
+                found.refused = next((name for name, verdict in lay.REFUSALS.items() if verdict == one.data), "?")
+                found.label = nft.owner_comment(one.comment)
+            for one in self._dump(lay.ENDPOINTS[width]):
+                index = int.from_bytes(one.key[3], _NATIVE)
+                found = entry(one.key)
+                if isinstance(one.data, bytes):
+                    found.endpoints[index] = _target(one.data)
+                packets[VirtualAddress(one.key[1], one.key[0], one.key[2]), index] = one.packets
+            for one in self._dump(lay.NUMBERS[width]):
+                if isinstance(one.data, bytes):
+                    slot = int.from_bytes(one.key[3], _NATIVE)
+                    entry(one.key).numbers[slot] = int.from_bytes(one.data, _NATIVE)
+            for one in self._dump(lay.ALIVE[width]):
+                entry(one.key).alive.add(int.from_bytes(one.key[3], _NATIVE))
+            for one in self._dump(lay.IDLE[width]):
+                entry(one.key).idle.add((one.key[3], one.key[4]))
+            vips.update(one.key[0] for one in self._dump(lay.VIPS[width]))
+            hairpins.update(one.key[0] for one in self._dump(lay.HAIRPIN[width]) if one.key[0] == one.key[1])
+        return entries, vips, hairpins, packets
+
+    def _dump(self, wire: nft.SetWire) -> list[nft.Element]:
+        try:
+            return netlink.read_elements(self._sock, wire)
+        except KernelError as error:
+            if error.errno != errno.ENOENT:
+                raise
+            return []  # somebody has deleted the set; `intact` says so
+
+
+_NATIVE: Literal["little", "big"] = sys.byteorder
+_Shared = tuple[lay.Packed, lay.Packed]
+"""Addresses to take away and to add, packed."""
+
+
+def _canonical(server: VirtualServer) -> VirtualServer:
+    """The server as `express` gives it; what has been there is known by its scheduler, which is no other mode's."""
+    return server if server.scheduler == lay.SCHEDULER else lay.canonical(server)
+
+
+def _addresses(plan: Plan) -> _Shared:
+    """VIPs and hairpin addresses of a plan."""
+    remove: lay.Packed = {}
+    add: lay.Packed = {}
+    for packed, vips, hairpins in ((remove, plan.unbind, plan.hairpin_remove), (add, plan.bind, plan.hairpin_add)):
+        for address in vips:
+            wire = lay.VIPS[len(address)]
+            packed.setdefault(wire, []).append(wire.key(address))
+        for address in hairpins:
+            wire = lay.HAIRPIN[len(address)]
+            packed.setdefault(wire, []).append(wire.key(address, address))
+    return remove, add
+
+
+def _target(data: bytes) -> Target:
+    """Endpoint of an element's data: address, port, padding."""
+    return Address(data[:-4]), int.from_bytes(data[-4:-2])
+
+
+def _suffix(address: Address) -> int:
+    return 4 if len(address) == 4 else 6
+
+
+_KEYED = {
+    wire.name: wire
+    for kind in (lay.SERVICES, lay.NO_ENDPOINTS, lay.ENDPOINTS, lay.NUMBERS, lay.ALIVE, lay.IDLE)
+    for wire in kind.values()
+}
+
+
+def _named(message: bytes) -> Iterator[VirtualAddress]:
+    """The virtual addresses whose elements a message of ours carries."""
+    kind = HEADER.unpack_from(message)[1]
+    if kind & 0xFF not in (nft.Message.NEWSETELEM, nft.Message.DELSETELEM) or kind >> 8 != nft.SUBSYSTEM:
+        return
+    wire = _KEYED.get(nft.ElementListAttrs.decode(message, nft.BODY).get("set", ""))
+    if wire is not None:
+        for element in wire.elements_in(message):
+            address, protocol, port = element.key[:3]
+            yield VirtualAddress(protocol, address, port)

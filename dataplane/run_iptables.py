@@ -1,0 +1,85 @@
+"""The iptables programs: which back end they are, save, restore, and whose the lock is.
+
+iptables-legacy takes a lock (a file of the whole machine, not of a network namespace) and replaces whole tables;
+iptables-nft has no lock and writes nf_tables. One host may have both, and packets then meet the tables of both.
+"""
+
+import contextlib
+import errno
+from pathlib import Path
+
+from .errors import KernelError, NotRoot, PreflightError, ToolError, Unanswered
+from .iptables_text import Table, parse_save
+from .model import Family
+from .run_tool import run_tool
+
+LOCK_SECONDS = 5
+"""How long iptables-legacy waits for its lock, as kube-proxy has it; iptables-nft has no lock."""
+LOCK_FILE = Path("/run/xtables.lock")
+RESTORE_SECONDS, SAVE_SECONDS = 300.0, 120.0
+
+
+class Tools:
+    """The iptables programs of one family: those the host has chosen, or of one back end."""
+
+    def __init__(self, family: Family, choice: str) -> None:
+        self.prefix = ("iptables" if family is Family.IPV4 else "ip6tables") + (f"-{choice}" if choice else "")
+        self._flavour = ""
+
+    @property
+    def flavour(self) -> str:
+        """`legacy` or `nft`: which tables of the kernel the programs write."""
+        if not self._flavour:
+            version = self._run("-restore", "--version", timeout=10)
+            self._flavour = "nft" if "nf_tables" in version else "legacy"
+        return self._flavour
+
+    @property
+    def command(self) -> str:
+        """How a restore is called, for people."""
+        return f"{self.prefix}-restore ({self.flavour}) --noflush -w {LOCK_SECONDS}"
+
+    def save(self) -> dict[str, Table]:
+        """All tables that there are; a table that is not there is not made by looking."""
+        return parse_save(self._run("-save", "-c", timeout=SAVE_SECONDS))
+
+    def restore(self, text: str, *, counters: bool = False) -> None:
+        """Apply restore text, which is atomic per table."""
+        flags = ["--noflush", "-w", str(LOCK_SECONDS), *(["--counters"] if counters else [])]
+        self._run("-restore", *flags, input=text, timeout=RESTORE_SECONDS)
+
+    def _run(self, suffix: str, *arguments: str, input: str = "", timeout: float) -> str:  # noqa: A002
+        program = self.prefix + suffix
+        try:
+            return run_tool([program, *arguments], input=input, timeout=timeout)
+        except PreflightError as error:
+            raise PreflightError(error.reason, "apt-get install iptables") from None
+        except ToolError as error:
+            told = str(error)
+            if "xtables lock" in told:
+                hint = f"{_lock_holder()} holds the lock {LOCK_FILE}; waited {LOCK_SECONDS} s"
+                raise KernelError("run", program, errno.EBUSY, hint) from None
+            if "not finished after" in told:
+                raise Unanswered("run", program, errno.ETIMEDOUT, told) from None
+            if "you must be root" in told or "Permission denied" in told:
+                raise NotRoot(told) from None
+            raise
+
+
+def _lock_holder() -> str:
+    """Who holds the lock of iptables-legacy, as /proc/locks tells it."""
+    with contextlib.suppress(OSError, IndexError):
+        inode = LOCK_FILE.stat().st_ino
+        for line in Path("/proc/locks").read_text().splitlines():
+            words = line.split()
+            if words[1] == "FLOCK" and words[5].endswith(f":{inode}"):
+                return f"pid {words[4]} ({Path('/proc', words[4], 'comm').read_text().strip()})"
+    return "another program"
+
+
+def legacy_tables(family: Family) -> set[str]:
+    """Tables of iptables-legacy in this namespace; looking with the program would make them."""
+    try:
+        return set(Path("/proc/net", f"{'ip' if family is Family.IPV4 else 'ip6'}_tables_names").read_text().split())
+    except OSError:
+        return set()
