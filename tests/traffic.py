@@ -115,8 +115,8 @@ class Caller:
         with one:
             one.settimeout(timeout)
             try:
-                if kind == "udp":
-                    # a source port used before is an old connection to IPVS, with the server it had
+                if kind != "tcp":
+                    # a source port used before is an old connection to IPVS and conntrack, with the server it had
                     one.bind(("::" if ":" in address else "0.0.0.0", next(_udp_ports)))
                 one.connect((address, port))
                 if kind == "udp":
