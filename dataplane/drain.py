@@ -39,9 +39,9 @@ class Drains:
         """
         if held is None or (wanted is not None and wanted.real_servers == held.real_servers):
             return wanted
-        wanted_keys = {(real.address, real.port) for real in wanted.real_servers} if wanted else set()
+        wanted_keys = {(real.address, real.port) for real in wanted.real_servers} if wanted else ()
         kept = []
-        any_clock = bool(self.deadlines or self._finished)
+        any_clock = self.any_clock()
         for real in held.real_servers:
             if (real.address, real.port) in wanted_keys:
                 if any_clock:
@@ -54,6 +54,10 @@ class Drains:
         assert base is not None
         merged: list[RealServer] = sorted([*(wanted.real_servers if wanted else ()), *kept])
         return msgspec.structs.replace(base, real_servers=tuple(merged))
+
+    def any_clock(self) -> bool:
+        """Some real server drains, or has just ended: `retain` has to be asked even when nothing goes away."""
+        return bool(self.deadlines or self._finished)
 
     def _may_stay(self, key: DrainKey, seconds: int, now: float) -> bool:
         if key in self._finished or key.at.protocol == Protocol.UDP or seconds <= 0:
