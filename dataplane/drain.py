@@ -5,6 +5,7 @@ go at once. A real server that is wanted again while it drains is revived. Pure:
 drain is told, so that the caller can keep the deadlines where they survive it (the guard table in the kernel).
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import msgspec
@@ -39,25 +40,40 @@ class Drains:
         """
         if held is None or (wanted is not None and wanted.real_servers == held.real_servers):
             return wanted
-        wanted_keys = {(real.address, real.port) for real in wanted.real_servers} if wanted else ()
+        wanted_reals = wanted.real_servers if wanted else ()
+        wanted_keys = {(real.address, real.port) for real in wanted_reals}
+        leaving = [real for real in held.real_servers if (real.address, real.port) not in wanted_keys]
+        self.revive(at, wanted_reals)
+        return self.let_finish(at, wanted, held, leaving, seconds, now)
+
+    def revive(self, at: VirtualAddress, wanted: Iterable[RealServer]) -> None:
+        """What is wanted has no clock."""
+        deadlines, finished = self.deadlines, self._finished
+        if deadlines or finished:
+            for real in wanted:
+                # a plain tuple finds a DrainKey, and is cheaper to make
+                key = (at, real.address, real.port)
+                if key in deadlines or key in finished:
+                    self.forget(DrainKey(*key))
+
+    def let_finish(
+        self,
+        at: VirtualAddress,
+        wanted: VirtualServer | None,
+        held: VirtualServer,
+        leaving: Iterable[RealServer],
+        seconds: int,
+        now: float,
+    ) -> VirtualServer | None:
+        """`wanted`, and those of the real servers `leaving` that may stay for now, with weight 0."""
         kept = []
-        any_clock = self.any_clock()
-        for real in held.real_servers:
-            if (real.address, real.port) in wanted_keys:
-                if any_clock:
-                    self.forget(DrainKey(at, real.address, real.port))
-            elif self._may_stay(DrainKey(at, real.address, real.port), seconds, now):
-                kept.append(msgspec.structs.replace(real, weight=0))
+        for real in leaving:
+            if self._may_stay(DrainKey(at, real.address, real.port), seconds, now):
+                kept.append(msgspec.structs.replace(real, weight=0) if real.weight else real)
         if not kept:
             return wanted
-        base = wanted or held
-        assert base is not None
-        merged: list[RealServer] = sorted([*(wanted.real_servers if wanted else ()), *kept])
-        return msgspec.structs.replace(base, real_servers=tuple(merged))
-
-    def any_clock(self) -> bool:
-        """Some real server drains, or has just ended: `retain` has to be asked even when nothing goes away."""
-        return bool(self.deadlines or self._finished)
+        merged = sorted([*(wanted.real_servers if wanted else ()), *kept])
+        return msgspec.structs.replace(wanted or held, real_servers=tuple(merged))
 
     def _may_stay(self, key: DrainKey, seconds: int, now: float) -> bool:
         if key in self._finished or key.at.protocol == Protocol.UDP or seconds <= 0:

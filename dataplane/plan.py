@@ -108,9 +108,24 @@ class Change(Struct):
 
     def __post_init__(self) -> None:
         before, after = self.old.real_servers, self.new.real_servers
-        self.server = not _alike(self.old, self.new)
-        if before != after:
+        if not _alike(self.old, self.new):
+            self.server = True
+        if len(before) != len(after) or not self._edited_in_place(before, after):
             self.add, self.edit, self.remove, self.hairpins = _compare(before, after)
+
+    def _edited_in_place(self, before: tuple[RealServer, ...], after: tuple[RealServer, ...]) -> bool:
+        """Whether both are the same real servers, of which some may be edited: so common that it is tried first."""
+        edit = []
+        for old, new in zip(before, after, strict=True):
+            if old != new:
+                if old.address != new.address or old.port != new.port:
+                    return False
+                if _edited(old, new):
+                    edit.append(new)
+                if old.local or new.local:
+                    self.hairpins = True
+        self.edit = edit
+        return True
 
     def __iter__(self) -> Iterator[VirtualServer]:
         return iter((self.old, self.new))
@@ -238,7 +253,7 @@ def reals_only(held: State, change: Change) -> Plan | None:
         return None
     if old.bound and old.at.address not in held.vips:
         return None
-    return Plan((), (change,)) if change else Plan()
+    return Plan((), (change,)) if change.edit or change.add or change.remove else Plan()
 
 
 def _compare(
@@ -265,12 +280,7 @@ def _compare(
             add.append(new)
             continue
         hairpins = hairpins or old.local
-        if (
-            old.weight != new.weight
-            or old.forwarding != new.forwarding
-            or old.upper_threshold != new.upper_threshold
-            or old.lower_threshold != new.lower_threshold
-        ):
+        if _edited(old, new):
             edit.append(new)
         old = next(rest, None)
     while old is not None:
@@ -278,6 +288,16 @@ def _compare(
         hairpins = hairpins or old.local
         old = next(rest, None)
     return add, edit, remove, hairpins
+
+
+def _edited(old: RealServer, new: RealServer) -> bool:
+    """Of one real server, something differs that is kept with it."""
+    return (
+        old.weight != new.weight
+        or old.forwarding != new.forwarding
+        or old.upper_threshold != new.upper_threshold
+        or old.lower_threshold != new.lower_threshold
+    )
 
 
 def _alike(old: VirtualServer, new: VirtualServer) -> bool:

@@ -142,15 +142,17 @@ class Reconciler:
 
     def _plan_change(self, before: VirtualServer, wanted: VirtualServer) -> Plan:
         """What `plan` says of one virtual server that is there and stays, by a shorter way: no dictionaries."""
-        backend, drains = self.backend, self.drains
-        change = Change(before, backend.express(wanted))
-        if backend.drains and (change.remove or drains.any_clock()):
-            at, expressed = before.at, change.new
-            kept = drains.retain(at, expressed, before, self.desired.drain_seconds(at), self._clock())
-            if kept is not None and kept is not expressed:
-                change = Change(before, kept)
+        backend, drains, at = self.backend, self.drains, before.at
+        target: VirtualServer | None = backend.express(wanted)
+        change = Change(before, target)
+        if backend.drains and (change.remove or drains.deadlines):
+            drains.revive(at, target.real_servers)
+            seconds, now = self.desired.drain_seconds(at), self._clock()
+            target = drains.let_finish(at, target, before, change.remove, seconds, now)
+            if target is not None and target is not change.new:
+                change = Change(before, target)
         plan = reals_only(self.held, change)
-        return diff(self.held, {before.at: change.new}, (before.at,)) if plan is None else plan
+        return diff(self.held, {at: change.new}, (at,)) if plan is None else plan
 
     def _guard_against_mass_delete(self, keys: Collection[VirtualAddress]) -> None:
         if self._allow_mass_delete:
