@@ -40,13 +40,13 @@ def keep_time() -> dict[str, float]:
         finally:
             spent[PARTS[self._protocol]] += time.perf_counter() - started
 
-    def timed_transaction(self: NetlinkSocket, messages: bytes, barrier: int) -> Any:
+    def timed_transaction(self: NetlinkSocket, *args: Any) -> Any:
         started = time.perf_counter()
         try:
-            return transaction(self, messages, barrier)
+            return transaction(self, *args)
         finally:
             spent[PARTS[self._protocol]] += time.perf_counter() - started
 
     NetlinkSocket.batch = timed_batch  # type: ignore[method-assign]
-    NetlinkSocket.transaction = timed_transaction  # type: ignore[method-assign]
+    NetlinkSocket.transaction = timed_transaction  # type: ignore[method-assign, assignment]
     return spent

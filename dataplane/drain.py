@@ -44,7 +44,10 @@ class Drains:
         wanted_keys = {(real.address, real.port) for real in wanted_reals}
         leaving = [real for real in held.real_servers if (real.address, real.port) not in wanted_keys]
         self.revive(at, wanted_reals)
-        return self.let_finish(at, wanted, held, leaving, seconds, now)
+        kept = self.let_finish(at, leaving, seconds, now)
+        if not kept:
+            return wanted
+        return with_reals(wanted or msgspec.structs.replace(held, real_servers=()), kept)
 
     def revive(self, at: VirtualAddress, wanted: Iterable[RealServer]) -> None:
         """What is wanted has no clock."""
@@ -57,23 +60,14 @@ class Drains:
                     self.forget(DrainKey(*key))
 
     def let_finish(
-        self,
-        at: VirtualAddress,
-        wanted: VirtualServer | None,
-        held: VirtualServer,
-        leaving: Iterable[RealServer],
-        seconds: int,
-        now: float,
-    ) -> VirtualServer | None:
-        """`wanted`, and those of the real servers `leaving` that may stay for now, with weight 0."""
+        self, at: VirtualAddress, leaving: Iterable[RealServer], seconds: int, now: float
+    ) -> list[RealServer]:
+        """Those of the real servers `leaving` that may stay for now, with weight 0."""
         kept = []
         for real in leaving:
             if self._may_stay(DrainKey(at, real.address, real.port), seconds, now):
                 kept.append(msgspec.structs.replace(real, weight=0) if real.weight else real)
-        if not kept:
-            return wanted
-        merged = sorted([*(wanted.real_servers if wanted else ()), *kept])
-        return msgspec.structs.replace(wanted or held, real_servers=tuple(merged))
+        return kept
 
     def _may_stay(self, key: DrainKey, seconds: int, now: float) -> bool:
         if key in self._finished or key.at.protocol == Protocol.UDP or seconds <= 0:
@@ -109,3 +103,8 @@ class Drains:
     def next_deadline(self) -> float | None:
         """The earliest deadline, None when nothing drains."""
         return min(self.deadlines.values(), default=None)
+
+
+def with_reals(server: VirtualServer, more: list[RealServer]) -> VirtualServer:
+    """The virtual server with more real servers."""
+    return msgspec.structs.replace(server, real_servers=tuple(sorted([*server.real_servers, *more])))

@@ -13,7 +13,7 @@ from msgspec import Struct
 
 from .backend import Backend, Transaction
 from .desired import Desired, Rules
-from .drain import DrainKey, Drains
+from .drain import DrainKey, Drains, with_reals
 from .errors import KernelError, Unanswered
 from .model import Problem, Update, VirtualAddress, VirtualServer
 from .plan import Change, Plan, State, diff, reals_only
@@ -143,14 +143,13 @@ class Reconciler:
     def _plan_change(self, before: VirtualServer, wanted: VirtualServer) -> Plan:
         """What `plan` says of one virtual server that is there and stays, by a shorter way: no dictionaries."""
         backend, drains, at = self.backend, self.drains, before.at
-        target: VirtualServer | None = backend.express(wanted)
-        change = Change(before, target)
+        change = Change(before, backend.express(wanted))
         if backend.drains and (change.remove or drains.deadlines):
+            target = change.new
             drains.revive(at, target.real_servers)
-            seconds, now = self.desired.drain_seconds(at), self._clock()
-            target = drains.let_finish(at, target, before, change.remove, seconds, now)
-            if target is not None and target is not change.new:
-                change = Change(before, target)
+            kept = drains.let_finish(at, change.remove, self.desired.drain_seconds(at), self._clock())
+            if kept:
+                change = Change(before, with_reals(target, kept))
         plan = reals_only(self.held, change)
         return diff(self.held, {at: change.new}, (at,)) if plan is None else plan
 
