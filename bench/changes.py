@@ -10,7 +10,7 @@ its ACK. Ours and the floor take turns, change by change, in one process, so bot
 import gc
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dataplane.desired import virtual_servers
 from dataplane.ipvs_messages import DEL_DEST, NEW_DEST, SET_DEST, Encoder
@@ -125,8 +125,8 @@ def _watch_answers() -> list[float]:
     moment = [0.0]
     collect = NetlinkSocket._collect
 
-    def watched(self: NetlinkSocket, barrier: int, failures: list[object]) -> None:
-        collect(self, barrier, failures)  # type: ignore[arg-type]
+    def watched(self: NetlinkSocket, *args: Any) -> None:
+        collect(self, *args)
         if self._protocol == NETLINK_GENERIC:
             moment[0] = time.perf_counter()
 

@@ -5,6 +5,7 @@ go at once. A real server that is wanted again while it drains is revived. Pure:
 drain is told, so that the caller can keep the deadlines where they survive it (the guard table in the kernel).
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import msgspec
@@ -39,21 +40,34 @@ class Drains:
         """
         if held is None or (wanted is not None and wanted.real_servers == held.real_servers):
             return wanted
-        wanted_keys = {(real.address, real.port) for real in wanted.real_servers} if wanted else set()
-        kept = []
-        any_clock = bool(self.deadlines or self._finished)
-        for real in held.real_servers:
-            if (real.address, real.port) in wanted_keys:
-                if any_clock:
-                    self.forget(DrainKey(at, real.address, real.port))
-            elif self._may_stay(DrainKey(at, real.address, real.port), seconds, now):
-                kept.append(msgspec.structs.replace(real, weight=0))
+        wanted_reals = wanted.real_servers if wanted else ()
+        wanted_keys = {(real.address, real.port) for real in wanted_reals}
+        leaving = [real for real in held.real_servers if (real.address, real.port) not in wanted_keys]
+        self.revive(at, wanted_reals)
+        kept = self.let_finish(at, leaving, seconds, now)
         if not kept:
             return wanted
-        base = wanted or held
-        assert base is not None
-        merged: list[RealServer] = sorted([*(wanted.real_servers if wanted else ()), *kept])
-        return msgspec.structs.replace(base, real_servers=tuple(merged))
+        return with_reals(wanted or msgspec.structs.replace(held, real_servers=()), kept)
+
+    def revive(self, at: VirtualAddress, wanted: Iterable[RealServer]) -> None:
+        """What is wanted has no clock."""
+        deadlines, finished = self.deadlines, self._finished
+        if deadlines or finished:
+            for real in wanted:
+                # a plain tuple finds a DrainKey, and is cheaper to make
+                key = (at, real.address, real.port)
+                if key in deadlines or key in finished:
+                    self.forget(DrainKey(*key))
+
+    def let_finish(
+        self, at: VirtualAddress, leaving: Iterable[RealServer], seconds: int, now: float
+    ) -> list[RealServer]:
+        """Those of the real servers `leaving` that may stay for now, with weight 0."""
+        kept = []
+        for real in leaving:
+            if self._may_stay(DrainKey(at, real.address, real.port), seconds, now):
+                kept.append(msgspec.structs.replace(real, weight=0) if real.weight else real)
+        return kept
 
     def _may_stay(self, key: DrainKey, seconds: int, now: float) -> bool:
         if key in self._finished or key.at.protocol == Protocol.UDP or seconds <= 0:
@@ -89,3 +103,8 @@ class Drains:
     def next_deadline(self) -> float | None:
         """The earliest deadline, None when nothing drains."""
         return min(self.deadlines.values(), default=None)
+
+
+def with_reals(server: VirtualServer, more: list[RealServer]) -> VirtualServer:
+    """The virtual server with more real servers."""
+    return msgspec.structs.replace(server, real_servers=tuple(sorted([*server.real_servers, *more])))

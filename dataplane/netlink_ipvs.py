@@ -16,6 +16,7 @@ IPVS has no owner field. What is ours is written in the guard table's sets, whic
 import contextlib
 import errno
 from collections.abc import Callable, Collection, Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 
 import msgspec
@@ -63,6 +64,7 @@ from .netlink_socket import (
     resolve_family,
 )
 from .nftables_messages import INET
+from .plan import Change as ServerChange
 from .plan import Plan, State
 from .procfs_sysctl import IPVS_SYSCTLS, STRICT_ARP_SYSCTLS, Change, apply, check, restore, running_kernel
 from .run_tool import run_tool
@@ -133,7 +135,7 @@ def _rules_before(plan: Plan) -> Iterator[str]:
             yield ipvsadm_text.real_rule("-a", server, real)
     for change in sorted(plan.change, key=lambda each: each.new.at):
         add, edit, remove = change.reals()
-        if _edited(change.old, change.new):
+        if _edited(change):
             yield ipvsadm_text.server_rule("-E", change.new)
         for real in add:
             yield ipvsadm_text.real_rule("-a", change.new, real)
@@ -148,9 +150,10 @@ def _rules_after(plan: Plan) -> Iterator[str]:
         yield ipvsadm_text.server_rule("-D", server)
 
 
-def _edited(old: VirtualServer, new: VirtualServer) -> bool:
+def _edited(change: ServerChange) -> bool:
     """Something IPVS itself keeps of a virtual server differs (label, bound and the like live elsewhere)."""
-    return (
+    old, new = change.old, change.new
+    return change.server and (
         old.scheduler != new.scheduler
         or old.flags != new.flags
         or old.persistence != new.persistence
@@ -171,7 +174,6 @@ class IpvsBackend:
         self._genl = NetlinkSocket(NETLINK_GENERIC)
         self._guard = Guard(self._netfilter, GuardOptions(options.masquerade_all, options.cluster_cidrs))
         self._vips: VipBinding = VipRoutes(self._route) if options.vip_binding == "routes" else VipDevice(self._route)
-        self._known_encoder: Encoder | None = None
         self._monitors: tuple[NetlinkSocket, NetlinkSocket] | None = None
         self._ledger_lost = False
         self._sysctls = IPVS_SYSCTLS + (STRICT_ARP_SYSCTLS if options.strict_arp else ())
@@ -179,16 +181,14 @@ class IpvsBackend:
         self._ours: set[VirtualAddress] = set()
         """Servers this process programmed or found in the ledger; so a damaged ledger is no riddle to it."""
 
-    @property
+    @cached_property
     def _encoder(self) -> Encoder:
-        if self._known_encoder is None:
-            try:
-                self._known_encoder = Encoder(resolve_family(self._genl, FAMILY_NAME))
-            except KernelError as error:
-                if error.errno != errno.ENOENT:
-                    raise
-                raise PreflightError("this kernel has no IPVS (module ip_vs)", "modprobe ip_vs") from None
-        return self._known_encoder
+        try:
+            return Encoder(resolve_family(self._genl, FAMILY_NAME))
+        except KernelError as error:
+            if error.errno != errno.ENOENT:
+                raise
+            raise PreflightError("this kernel has no IPVS (module ip_vs)", "modprobe ip_vs") from None
 
     # ------------------------------------------------------------------------------------------------ contract
 
@@ -267,10 +267,7 @@ class IpvsBackend:
 
     def compile(self, plan: Plan) -> "IpvsTransaction":
         """The plan with the guard elements that belong to it."""
-        if not (plan.add or plan.remove or plan.bind or plan.unbind or plan.hairpin_add or plan.hairpin_remove) and all(
-            old.label == new.label and old.no_servers is new.no_servers for old, new in plan.change
-        ):
-            # real servers come and go, or change their weight: the guard has no part in it
+        if not _concerns_guard(plan):
             return IpvsTransaction(plan, _NOTHING, _NOTHING, _NOTHING, self._guard.script, self._vips.commands)
         add = Elements(vips=set(plan.bind), hairpins=set(plan.hairpin_add))
         drop = Elements(vips=set(plan.unbind), hairpins=set(plan.hairpin_remove))
@@ -294,7 +291,10 @@ class IpvsBackend:
         failed: dict[VirtualAddress, KernelError] = {}
         unsure: set[VirtualAddress] = set()
         if transaction.guard_add is _NOTHING:
-            refusals = self._genl.batch(_messages_before(encoder, plan))
+            changes = plan.change
+            refusals = self._genl.batch(
+                _change_messages(encoder, changes[0]) if len(changes) == 1 else _messages_before(encoder, plan)
+            )
             if not refusals:
                 return _ALL_WELL
             _sort_out(refusals, failed, unsure)
@@ -460,6 +460,14 @@ def _load_modules(try_it: Callable[[], object]) -> None:
         try_it()
 
 
+def _concerns_guard(plan: Plan) -> bool:
+    """More than real servers that come and go or change their settings."""
+    for change in plan.change:
+        if change.server and (change.old.label != change.new.label or change.old.no_servers != change.new.no_servers):
+            return True
+    return bool(plan.add or plan.remove or plan.bind or plan.unbind or plan.hairpin_add or plan.hairpin_remove)
+
+
 def _any(elements: Elements) -> bool:
     """Whether there is anything in them."""
     return elements is not _NOTHING and any(msgspec.structs.astuple(elements))
@@ -476,16 +484,19 @@ def _messages_before(encoder: Encoder, plan: Plan) -> Iterator[bytes]:
     """Everything but the removal of virtual servers; encoded while earlier chunks are already with the kernel."""
     yield from map(encoder.new_server, plan.add)
     for change in plan.change:
-        new = change.new
-        add, edit, remove = change.reals()
-        if _edited(change.old, new):
-            yield encoder.server(SET_SERVICE, new)
-        for real in add:
-            yield encoder.real(NEW_DEST, new, real)
-        for real in edit:
-            yield encoder.real(SET_DEST, new, real)
-        for real in remove:
-            yield encoder.real(DEL_DEST, new, real)
+        yield from _change_messages(encoder, change)
+
+
+def _change_messages(encoder: Encoder, change: ServerChange) -> list[bytes]:
+    new = change.new
+    messages = [encoder.server(SET_SERVICE, new)] if _edited(change) else []
+    for real in change.add:
+        messages.append(encoder.real(NEW_DEST, new, real))
+    for real in change.edit:
+        messages.append(encoder.real(SET_DEST, new, real))
+    for real in change.remove:
+        messages.append(encoder.real(DEL_DEST, new, real))
+    return messages
 
 
 def _messages_after(encoder: Encoder, plan: Plan) -> Iterator[bytes]:

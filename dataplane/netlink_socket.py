@@ -52,11 +52,14 @@ HEADER = struct.Struct("=IHHII")  # struct nlmsghdr: len, type, flags, seq, pid
 GENL_HEADER = struct.Struct("=BBH")  # struct genlmsghdr: cmd, version, reserved
 _read_header = HEADER.unpack_from
 _read_error = struct.Struct("=i").unpack_from
-_ACK = struct.Struct("=IHHIIi16x")  # NLMSG_ERROR with errno 0: nlmsghdr, error, the nlmsghdr it answers
+_ACK_SIZE = 36
+_read_ack = struct.Struct("=IHHIIi").unpack_from  # NLMSG_ERROR with errno 0: nlmsghdr, error, the nlmsghdr it answers
+_MSG_TRUNC = int(socket.MSG_TRUNC)
 _stamp_flags = struct.Struct("=HI").pack_into  # nlmsg_flags and nlmsg_seq, at offset 6
 
 SEND_BUFFER = 4 << 20
 RECEIVE_BUFFER = 32 << 20  # holds the failures of a whole chunk: about 1 kB of kernel memory each
+BUFFER = 1 << 16  # of one answer
 CHUNK = 1 << 20  # bytes of messages per sendmsg
 DUMP_TRIES = 30
 
@@ -100,7 +103,7 @@ class NetlinkSocket:
         self._timeout = timeout
         self._groups = tuple(groups)
         self._seq = int.from_bytes(os.urandom(3))
-        self._buffer = bytearray(1 << 16)
+        self._buffer = bytearray(BUFFER)
         self._view = memoryview(self._buffer)
         self._socket = self._open()
 
@@ -121,6 +124,7 @@ class NetlinkSocket:
         if self._protocol == NETLINK_ROUTE:
             opened.setsockopt(SOL_NETLINK, NETLINK_GET_STRICT_CHK, 1)  # dumps by interface or protocol only
         opened.bind((0, 0))
+        opened.connect((0, 0))  # unicast from anybody but the kernel is refused, so answers need no look at the sender
         for group in self._groups:
             opened.setsockopt(SOL_NETLINK, NETLINK_ADD_MEMBERSHIP, group)
         return opened
@@ -173,14 +177,18 @@ class NetlinkSocket:
         return failures
 
     def _send_chunk(self, groups: list[bytes], failures: list[Failure]) -> None:
-        seq = self._next_seq()
+        self._seq = seq = self._seq % 0x7FFF_FFFF + 1
         data = bytearray().join(groups)
         # the last message is looked for in the last group only: netlink messages have no trailer
-        last = start = len(data) - len(groups[-1])
-        while start < len(data):
-            last = start
-            start += (_read_header(data, start)[0] + 3) & ~3
-        _stamp_flags(data, last + 6, _read_header(data, last)[2] | NLM_F_ACK, seq)
+        end = len(data)
+        start = end - len(groups[-1])
+        while True:
+            length, _, flags, _, _ = _read_header(data, start)
+            following = start + ((length + 3) & ~3)
+            if following >= end:
+                break
+            start = following
+        _stamp_flags(data, start + 6, flags | NLM_F_ACK, seq)
         self._send(data)
         self._collect(seq, failures)
 
@@ -267,21 +275,18 @@ class NetlinkSocket:
 
     def _receive(self) -> int:
         """Bytes read into the buffer from the kernel; an unknown outcome replaces the socket and raises Unanswered."""
-        while True:
-            try:
-                size, (sender, _) = self._socket.recvfrom_into(self._buffer, 0, socket.MSG_TRUNC)
-            except BlockingIOError:
-                self._replace()
-                raise Unanswered("wait for", "the kernel", errno.ETIMEDOUT, f"no answer in {self._timeout} s") from None
-            except OSError as error:
-                self._replace()
-                raise Unanswered("read", "the kernel's answer", error.errno or 0) from error
-            if sender != 0:
-                continue
-            if size > len(self._buffer):
-                self._replace()
-                raise Unanswered("read", "the kernel's answer", errno.EMSGSIZE, f"{size} bytes in one message")
-            return size
+        try:
+            size = self._socket.recv_into(self._buffer, 0, _MSG_TRUNC)
+        except BlockingIOError:
+            self._replace()
+            raise Unanswered("wait for", "the kernel", errno.ETIMEDOUT, f"no answer in {self._timeout} s") from None
+        except OSError as error:
+            self._replace()
+            raise Unanswered("read", "the kernel's answer", error.errno or 0) from error
+        if size > BUFFER:
+            self._replace()
+            raise Unanswered("read", "the kernel's answer", errno.EMSGSIZE, f"{size} bytes in one message")
+        return size
 
     def _replace(self) -> None:
         self._socket.close()
@@ -300,8 +305,8 @@ class NetlinkSocket:
     def _collect(self, barrier: int, failures: list[Failure], echoes: list[bytes] | None = None) -> None:
         while True:
             size = self._receive()
-            if size == _ACK.size:
-                _, kind, _, seq, _, code = _ACK.unpack_from(self._buffer)
+            if size == _ACK_SIZE:
+                _, kind, _, seq, _, code = _read_ack(self._buffer)
                 if kind == NLMSG_ERROR and seq == barrier and not code:
                     return  # nothing but the ACK: what nearly every answer is
             done = False

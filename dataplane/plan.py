@@ -4,8 +4,7 @@
 at the virtual addresses it is given, so a change of one Service costs the same among ten Services and ten thousand.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from msgspec import Struct
 
@@ -94,27 +93,54 @@ class State:
         self.hairpins.update(plan.hairpin_add)
 
 
-class Change(NamedTuple):
-    """A virtual server before and after."""
+class Change(Struct):
+    """A virtual server before and after (it unpacks as these two), and what differs, found once: when it is made."""
 
     old: VirtualServer
     new: VirtualServer
+    server: bool = False
+    """Something of the virtual server itself differs, not only its real servers."""
+    hairpins: bool = False
+    """A real server that differs runs, or ran, on this node."""
+    add: Sequence[RealServer] = ()
+    edit: Sequence[RealServer] = ()
+    remove: Sequence[RealServer] = ()
+
+    def __post_init__(self) -> None:
+        before, after = self.old.real_servers, self.new.real_servers
+        if not _alike(self.old, self.new):
+            self.server = True
+        if len(before) != len(after) or not self._edited_in_place(before, after):
+            self.add, self.edit, self.remove, self.hairpins = _compare(before, after)
+
+    def _edited_in_place(self, before: tuple[RealServer, ...], after: tuple[RealServer, ...]) -> bool:
+        """Whether both are the same real servers, of which some may be edited: so common that it is tried first."""
+        edit = []
+        for old, new in zip(before, after, strict=True):
+            if old != new:
+                if old.address != new.address or old.port != new.port:
+                    return False
+                if _edited(old, new):
+                    edit.append(new)
+                if old.local or new.local:
+                    self.hairpins = True
+        self.edit = edit
+        return True
+
+    def __iter__(self) -> Iterator[VirtualServer]:
+        return iter((self.old, self.new))
+
+    def __bool__(self) -> bool:
+        """There is something to do (where a real server runs is the hairpin addresses' matter)."""
+        return bool(self.server or self.edit or self.add or self.remove)
 
     def edited(self) -> bool:
         """Something of the virtual server itself differs, not only its real servers."""
-        return not _alike(self.old, self.new)
+        return self.server
 
-    def reals(self) -> tuple[list[RealServer], list[RealServer], list[RealServer]]:
+    def reals(self) -> tuple[Sequence[RealServer], Sequence[RealServer], Sequence[RealServer]]:
         """Real servers to add, to change in place, and to remove."""
-        old = {(real.address, real.port): real for real in self.old.real_servers}
-        add, change = [], []
-        for real in self.new.real_servers:
-            before = old.pop((real.address, real.port), None)
-            if before is None:
-                add.append(real)
-            elif before != real and _settings(before) != _settings(real):
-                change.append(real)
-        return add, change, list(old.values())
+        return self.add, self.edit, self.remove
 
 
 class Plan(Struct, frozen=True):
@@ -134,8 +160,8 @@ class Plan(Struct, frozen=True):
 
     def __bool__(self) -> bool:
         return bool(
-            self.add
-            or self.change
+            self.change
+            or self.add
             or self.remove
             or self.bind
             or self.unbind
@@ -157,10 +183,9 @@ class Plan(Struct, frozen=True):
         sets = 0
         for change in self.change:
             if change.new.at not in skip:
-                add, edit, remove = change.reals()
-                adds += len(add)
-                sets += len(edit) + change.edited()
-                deletes += len(remove)
+                adds += len(change.add)
+                sets += len(change.edit) + change.server
+                deletes += len(change.remove)
         return adds, sets, deletes
 
 
@@ -171,11 +196,6 @@ def diff(
 
     `only` costs O(len(only)). Without it everything is compared, also VIPs and hairpin addresses no server needs.
     """
-    if only is not None and len(only) == 1:
-        (at,) = only
-        old, new = held.servers.get(at), wanted.get(at)
-        if old is not None and new is not None and _reals_only(held, old, new):
-            return Plan(change=(Change(old, new),)) if not same(old, new) else Plan()
     keys: Iterable[VirtualAddress] = held.servers.keys() | wanted.keys() | held.ghosts if only is None else only
     add, change, remove, blocked = [], [], [], []
     vips: dict[Address, int] = {}
@@ -193,8 +213,8 @@ def diff(
         if old is not None and new is not None:
             if old is new or old == new:
                 continue  # the common case of a full look; what both need cancels out
-            if not same(old, new):
-                change.append(Change(old, new))
+            if differing := Change(old, new):
+                change.append(differing)
             _count_hairpins(hairpins, old, -1)
             _count_hairpins(hairpins, new, +1)
             if old.bound == new.bound:
@@ -226,26 +246,57 @@ def diff(
     return Plan(tuple(add), tuple(change), tuple(remove), bind, unbind, hairpin_add, hairpin_remove, tuple(blocked))
 
 
-def _reals_only(held: State, old: VirtualServer, new: VirtualServer) -> bool:
-    """The commonest change, worth its own way: nothing but real servers of elsewhere, and all else is in place."""
-    if held.foreign or held.partial or not _alike(old, new) or (old.bound and old.at.address not in held.vips):
-        return False
-    for real in old.real_servers:
-        if real.local:
-            return False
-    return not any(real.local for real in new.real_servers)
+def reals_only(held: State, change: Change) -> Plan | None:
+    """The plan of the commonest change, nothing but real servers of elsewhere with all else in place; None: `diff`."""
+    old = change.old
+    if change.server or change.hairpins or held.foreign or held.partial:
+        return None
+    if old.bound and old.at.address not in held.vips:
+        return None
+    return Plan((), (change,)) if change.edit or change.add or change.remove else Plan()
 
 
-def same(old: VirtualServer, new: VirtualServer) -> bool:
-    """Nothing of the server or its real servers differs (where a real server runs is the hairpin addresses' matter)."""
-    if old == new:
-        return True
-    before, after = old.real_servers, new.real_servers
-    if len(before) != len(after) or not _alike(old, new):
-        return False
-    return all(
-        x.address == y.address and x.port == y.port and _settings(x) == _settings(y)
-        for x, y in zip(before, after, strict=True)
+def _compare(
+    before: tuple[RealServer, ...], after: tuple[RealServer, ...]
+) -> tuple[list[RealServer], list[RealServer], list[RealServer], bool]:
+    """Real servers to add, to edit and to remove, and whether one that differs is local: one walk through both."""
+    add: list[RealServer] = []
+    edit: list[RealServer] = []
+    remove: list[RealServer] = []
+    hairpins = False
+    rest = iter(before)
+    old = next(rest, None)
+    for new in after:
+        if old == new:
+            old = next(rest, None)
+            continue
+        # both are sorted: what comes before `new` is not wanted any more
+        while old is not None and (old.address, old.port) < (new.address, new.port):
+            remove.append(old)
+            hairpins = hairpins or old.local
+            old = next(rest, None)
+        hairpins = hairpins or new.local
+        if old is None or old.address != new.address or old.port != new.port:
+            add.append(new)
+            continue
+        hairpins = hairpins or old.local
+        if _edited(old, new):
+            edit.append(new)
+        old = next(rest, None)
+    while old is not None:
+        remove.append(old)
+        hairpins = hairpins or old.local
+        old = next(rest, None)
+    return add, edit, remove, hairpins
+
+
+def _edited(old: RealServer, new: RealServer) -> bool:
+    """Of one real server, something differs that is kept with it."""
+    return (
+        old.weight != new.weight
+        or old.forwarding != new.forwarding
+        or old.upper_threshold != new.upper_threshold
+        or old.lower_threshold != new.lower_threshold
     )
 
 
@@ -261,10 +312,6 @@ def _alike(old: VirtualServer, new: VirtualServer) -> bool:
         and old.masquerade is new.masquerade
         and old.bound == new.bound
     )
-
-
-def _settings(real: RealServer) -> tuple[int, int, int, int]:
-    return real.weight, real.forwarding, real.upper_threshold, real.lower_threshold
 
 
 def _count_hairpins(hairpins: dict[Address, int], server: VirtualServer, step: int) -> None:
