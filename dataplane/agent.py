@@ -23,6 +23,7 @@ from typing import Any, Protocol
 
 from msgspec import Struct
 
+from .desired import Rules
 from .errors import AgentUnreachable, DataplaneError
 from .model import Problem, Update, VirtualAddress
 from .printable import printable
@@ -56,6 +57,19 @@ class Source(Protocol):
         """All that is wrong with the input at this moment."""
 
 
+class Node(Protocol):
+    """The node's own addresses (`netlink_node`), on which node ports are served."""
+
+    def fileno(self) -> int:
+        """Readable when they may have changed."""
+
+    def changed(self) -> bool:
+        """Whether they may have changed since the last call."""
+
+    def rules(self) -> Rules:
+        """The rules that go with what they are now."""
+
+
 class Log(Protocol):
     """What the agent needs of a structlog logger."""
 
@@ -67,8 +81,11 @@ class Log(Protocol):
 class Agent:
     """One node's agent for one mode. `run` returns after SIGTERM or SIGINT; the kernel keeps what was programmed."""
 
-    def __init__(self, reconciler: Reconciler, source: Source, options: AgentOptions, log: Log) -> None:
+    def __init__(
+        self, reconciler: Reconciler, source: Source, options: AgentOptions, log: Log, node: Node | None = None
+    ) -> None:
         self._reconciler = reconciler
+        self._node = node
         self._source = source
         self._options = options
         self._log = log
@@ -76,6 +93,7 @@ class Agent:
         self._stop = asyncio.Event()
         self._updates: list[Update] = []
         self._reload = False
+        self._renumbered = node is not None  # an address may have come before we listened
         self._disturbed_at: float | None = None
         self._retry_at: float | None = None
         self._backoff = BACKOFF_LEAST
@@ -98,11 +116,13 @@ class Agent:
             reader = asyncio.create_task(self._read_source())
             try:
                 self._begin()
-                monitors = self._reconciler.backend.monitors()
-                for descriptor in monitors:
-                    loop.add_reader(descriptor, self._kernel_spoke)
+                watched = dict.fromkeys(self._reconciler.backend.monitors(), self._kernel_spoke)
+                if self._node is not None:
+                    watched[self._node.fileno()] = self._node_spoke
+                for descriptor, heed in watched.items():
+                    loop.add_reader(descriptor, heed)
                 await self._work(reader)
-                for descriptor in monitors:
+                for descriptor in watched:
                     loop.remove_reader(descriptor)
             finally:
                 reader.cancel()
@@ -134,7 +154,9 @@ class Agent:
                 reader.result()  # a dead source is not a quiet one: its error ends the agent
             now = time.monotonic()
             try:
-                if self._take_updates():
+                if self._renumbered:
+                    self._renumber()
+                elif self._take_updates():
                     pass
                 elif self._due(self._disturbed_at, now):
                     self._disturbed_at = None
@@ -159,7 +181,7 @@ class Agent:
         due += [moment for moment in (self._disturbed_at, self._retry_at) if moment is not None]
         if self._reconciler.drains.deadlines:
             due.append(time.monotonic() + self._options.drain_poll_seconds)
-        if not (self._updates or self._reload or self._stop.is_set()):
+        if not (self._updates or self._reload or self._renumbered or self._stop.is_set()):
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), max(0.0, min(due) - time.monotonic()))
         self._wake.clear()
@@ -184,6 +206,14 @@ class Agent:
             self._report(self._reconciler.sync("change", touched))
         return True
 
+    def _renumber(self) -> None:
+        """Node ports follow the node's addresses."""
+        assert self._node is not None
+        touched = self._reconciler.renew(self._node.rules())
+        self._renumbered = False
+        if touched:
+            self._report(self._reconciler.sync("node addresses", touched))
+
     async def _read_source(self) -> None:
         async for update in self._source.updates():
             self._updates.append(update)
@@ -204,6 +234,12 @@ class Agent:
     def _kernel_spoke(self) -> None:
         if self._reconciler.backend.disturbed() and self._disturbed_at is None:
             self._disturbed_at = time.monotonic() + DISTURBANCE_PAUSE
+            self._wake.set()
+
+    def _node_spoke(self) -> None:
+        assert self._node is not None
+        if self._node.changed():
+            self._renumbered = True
             self._wake.set()
 
     # -------------------------------------------------------------------------------------------------------- telling

@@ -20,7 +20,10 @@ from .plan import Plan, State
 class Options(Struct, frozen=True):
     """What the administrator sets for a mode; the same for all modes where they share the notion.
 
-    `cluster_cidrs`: pod ranges, clients outside them are masqueraded (kube-proxy's detect-local ClusterCIDR).
+    Clients inside the cluster are told by `cluster_cidrs` (pod ranges), `bridge_interface` (behind this bridge) or
+    `interface_prefix` (behind interfaces whose names begin so): kube-proxy's detect-local modes; other clients of
+    cluster IPs are masqueraded. None of them set: nobody is known to be inside but the node itself.
+    `service_cidrs`: where cluster IPs come from; what no Service has of them is dropped (KEP-1880 ServiceCIDRs).
     `vip_binding`: "device" (addresses on kube-ipvs0) or "routes" (local routes, for very many VIPs).
     `timeouts`: IPVS tcp, tcp-fin, udp seconds, 0 = leave. `iptables_compat`: "classic" (the tutorials' text) or
     "current" (kube-proxy's present text). `iptables_tool`: "legacy", "nft", or "" for the host's choice.
@@ -28,6 +31,9 @@ class Options(Struct, frozen=True):
 
     masquerade_all: bool = False
     cluster_cidrs: tuple[Network, ...] = ()
+    bridge_interface: str = ""
+    interface_prefix: str = ""
+    service_cidrs: tuple[Network, ...] = ()
     vip_binding: str = "device"
     strict_arp: bool = False
     timeouts: tuple[int, int, int] = (0, 0, 0)

@@ -222,7 +222,7 @@ def _client_rule(form: Form, server: VirtualServer, masquerade: Masquerade) -> s
     """The rule that marks clients to be masqueraded; "" = nobody is."""
     clusters = form.clients(family_of(server.at.address))
     everyone = masquerade is Masquerade.ALWAYS or form.everyone
-    if masquerade is Masquerade.NEVER or not (everyone or clusters):
+    if masquerade is Masquerade.NODE or not (everyone or clusters):
         return ""
     rule = _to(server.at, f"{service_text(form, server.at, server.label)} cluster IP")
     if everyone:

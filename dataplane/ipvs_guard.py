@@ -34,7 +34,7 @@ _INTERFACE = re.compile(r"[A-Za-z0-9_.-]{1,15}")
 
 _VERDICTS: dict[Masquerade, nft.Verdict] = {
     Masquerade.ALWAYS: nft.goto("masquerade_always"),
-    Masquerade.NEVER: nft.ACCEPT,
+    Masquerade.NODE: nft.goto("masquerade_node"),
 }
 _MASQUERADES = {verdict: meaning for meaning, verdict in _VERDICTS.items()}
 
@@ -226,7 +226,7 @@ class Guard:
 def _additions(elements: Elements) -> list[bytes]:
     packed: dict[nft.SetWire, list[bytes]] = {}
     put = packed.setdefault
-    for (protocol, address, port), owner in elements.servers.items():
+    for (protocol, address, port, _), owner in elements.servers.items():
         wire = _SERVERS[len(address)]
         put(wire, []).append(wire.element(address, protocol, port, comment=owner_comment(owner)))
     for address in elements.vips:
@@ -235,14 +235,14 @@ def _additions(elements: Elements) -> list[bytes]:
     for address in elements.hairpins:
         wire = _HAIRPIN[len(address)]
         put(wire, []).append(wire.element(address, address))
-    for protocol, address, port in elements.dropped:
+    for protocol, address, port, _ in elements.dropped:
         wire = _DROPPED[len(address)]
         put(wire, []).append(wire.element(address, protocol, port))
-    for (protocol, address, port), meaning in elements.masquerade.items():
+    for (protocol, address, port, _), meaning in elements.masquerade.items():
         if meaning is not Masquerade.DETECT:
             wire = _EXCEPTIONS[len(address)]
             put(wire, []).append(wire.element(address, protocol, port, verdict=_VERDICTS[meaning]))
-    for ((protocol, address, port), real, real_port), seconds in elements.draining.items():
+    for ((protocol, address, port, _), real, real_port), seconds in elements.draining.items():
         wire = _DRAINING[len(address)]
         # a timeout of 0 would mean: never
         key = (address, protocol, port, real, real_port)
@@ -261,7 +261,7 @@ def _removals(elements: Elements) -> list[bytes]:
     packed: dict[nft.SetWire, list[bytes]] = {}
     put = packed.setdefault
     for wires, keys in ((_SERVERS, elements.servers), (_DROPPED, elements.dropped), (_EXCEPTIONS, elements.masquerade)):
-        for protocol, address, port in keys:
+        for protocol, address, port, _ in keys:
             wire = wires[len(address)]
             put(wire, []).append(wire.key(address, protocol, port))
     for address in elements.vips:
@@ -274,7 +274,7 @@ def _removals(elements: Elements) -> list[bytes]:
         put(_SETTINGS, []).append(_SETTINGS.key(_setting_key(name)))
     messages = [message for wire, each in packed.items() for message in wire.remove(each)]
     drained: dict[nft.SetWire, list[bytes]] = {}
-    for (protocol, address, port), real, real_port in elements.draining:
+    for (protocol, address, port, _), real, real_port in elements.draining:
         wire = _DRAINING[len(address)]
         drained.setdefault(wire, []).append(wire.key(address, protocol, port, real, real_port))
     for wire, each in drained.items():

@@ -264,7 +264,7 @@ class Difference(Struct):
 
     def apply(self, at: VirtualAddress, old: Entry, new: Entry) -> None:
         """Add what turns one entry of a virtual address into another."""
-        protocol, address, port = at
+        protocol, address, port, _ = at
         width = len(address)
         if old is NOTHING and new.chain and not new.numbers and not new.idle:  # a new server as most are
             pack = _going(width, new.chain, len(new.label))

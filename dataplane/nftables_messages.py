@@ -15,6 +15,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from .errors import WireError
+from .model import Kind
 from .netlink_socket import HEADER, NLM_F_CREATE, NLM_F_REQUEST, message
 from .nlattr import (
     NlAttrs,
@@ -194,11 +195,24 @@ def comment_of(userdata: bytes) -> str:
     return ""
 
 
-def owner_comment(owner: str) -> str:
-    """The owner as a comment, or "" when it has characters or a length that no kernel tool shall ever see."""
-    return owner if _OWNER.fullmatch(owner) else ""
+def owner_comment(owner: str, kind: Kind = Kind.CLUSTER_IP) -> str:
+    """The owner as a comment, or "" when it has characters or a length that no kernel tool shall ever see.
+
+    `default/web:http (NodePort)` at other addresses than the cluster IP.
+    """
+    plain = owner if _OWNER.fullmatch(owner) else ""
+    return plain if kind is Kind.CLUSTER_IP else f"{plain} ({kind.value})".lstrip()
 
 
+def read_owner(comment: str) -> tuple[str, Kind]:
+    """The reverse: the owner, "" for what we never write, and the kind."""
+    if not comment.endswith(")"):
+        return owner_comment(comment), Kind.CLUSTER_IP
+    owner, _, kind = comment[:-1].rpartition("(")
+    return owner_comment(owner.rstrip(" ")), _KINDS.get(kind, Kind.CLUSTER_IP)
+
+
+_KINDS = {kind.value: kind for kind in Kind}
 _OWNER = re.compile(r"[A-Za-z0-9._:/-]{1,100}")
 
 

@@ -76,6 +76,10 @@ class Reconciler:
         """A source's update becomes desired state; returns the virtual addresses to sync."""
         return self.desired.update(update)
 
+    def renew(self, rules: Rules) -> set[VirtualAddress]:
+        """Other rules apply from now on; returns the virtual addresses to sync."""
+        return self.desired.renew(rules)
+
     def observe(self) -> None:
         """Look at the kernel. The clocks of real servers that drain already go on where they stand."""
         self.held = self.backend.observe()
@@ -110,7 +114,7 @@ class Reconciler:
     @property
     def problems(self) -> tuple[Problem, ...]:
         """Services that cannot have what they ask for."""
-        return self.desired.conflicts
+        return (*self.desired.conflicts, *self.desired.refusals)
 
     # --------------------------------------------------------------------------------------------------- planning
 

@@ -38,7 +38,7 @@ def everything() -> Elements:
         vips={WEB.address, DNS.address},
         hairpins={POD, parse_address("fd00:244::10")},
         dropped={WEB, DNS},
-        masquerade={WEB: Masquerade.ALWAYS, DNS: Masquerade.NEVER},
+        masquerade={WEB: Masquerade.ALWAYS, DNS: Masquerade.NODE},
         draining={(WEB, POD, 8080): 86_400, (DNS, parse_address("fd00:244::10"), 53): 30},
     )
 
@@ -221,7 +221,7 @@ def test_adding_and_removing_twice_is_fine(guard: Guard) -> None:
 @pytest.mark.root
 def test_what_is_in_both_is_replaced(guard: Guard) -> None:
     old = Elements(servers={WEB: "a/b"}, masquerade={WEB: Masquerade.ALWAYS}, draining={(WEB, POD, 1): 10})
-    new = Elements(servers={WEB: "c/d"}, masquerade={WEB: Masquerade.NEVER}, draining={(WEB, POD, 1): 600})
+    new = Elements(servers={WEB: "c/d"}, masquerade={WEB: Masquerade.NODE}, draining={(WEB, POD, 1): 600})
     guard.commit(old, Elements())
     guard.commit(new, old)
     assert guard.observe() == new
@@ -231,7 +231,7 @@ def test_what_is_in_both_is_replaced(guard: Guard) -> None:
 def test_a_refused_commit_changes_nothing(guard: Guard) -> None:
     kept = Elements(masquerade={WEB: Masquerade.ALWAYS}, vips={WEB.address})
     guard.commit(kept, Elements())
-    other = Elements(masquerade={WEB: Masquerade.NEVER}, vips={DNS.address})
+    other = Elements(masquerade={WEB: Masquerade.NODE}, vips={DNS.address})
     with pytest.raises(nft.BatchRefused, match=f"NEWSETELEM {TABLE} exceptions4"):
         guard.commit(other, Elements(vips={WEB.address}))
     assert guard.observe() == kept
@@ -558,7 +558,7 @@ def test_masquerade(
 def test_exceptions_come_before_the_options(lab: Lab, vip: str) -> None:
     lab.only(0, vip)
     at = VirtualAddress(TCP, parse_address(vip), 80)
-    lab.options(cluster_cidrs=CIDRS).commit(Elements(masquerade={at: Masquerade.NEVER}), Elements())
+    lab.options(cluster_cidrs=CIDRS).commit(Elements(masquerade={at: Masquerade.NODE}), Elements())
     assert ask(lab.client, vip, 80) == f"pod0 {lab.outside(vip)}"
     assert ask(lab.pods[0], vip, 80) == f"pod0 {lab.gateway(vip)}"  # hairpin
     assert ask(lab.node, vip, 80) == f"pod0 {lab.gateway(vip)}"

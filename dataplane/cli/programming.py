@@ -1,5 +1,6 @@
 """run, apply, diff: from manifests to the kernel."""
 
+import contextlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from .options import (
     DIFFERS,
     FAILED,
     VERBOSE,
+    SettledNode,
     colours,
     common_options,
     emit,
@@ -66,8 +68,9 @@ def run(ctx: click.Context, /, config_file: str | None, **given: Any) -> None:
     try:
         if source.notice:
             log.warning("slow input", notice=source.notice)
-        agent = Agent(reconciler, source, AgentOptions(resync_seconds=settings.resync_seconds), log)
-        asyncio.run(agent.run())
+        with contextlib.closing(SettledNode(settings)) as node:
+            agent = Agent(reconciler, source, AgentOptions(resync_seconds=settings.resync_seconds), log, node)
+            asyncio.run(agent.run())
     finally:
         backend.close()
 
