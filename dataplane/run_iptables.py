@@ -9,7 +9,7 @@ import errno
 from pathlib import Path
 
 from .errors import KernelError, NotRoot, PreflightError, ToolError, Unanswered
-from .iptables_text import Table, parse_save
+from .iptables_save import Table, parse_save
 from .model import Family
 from .run_tool import run_tool
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from dataplane import run_iptables
+from dataplane import iptables_text, run_iptables
 from dataplane.backend import Backend, Options
 from dataplane.errors import KernelError, PreflightError, ToolError, Unanswered
 from dataplane.iptables_restore import IptablesBackend
@@ -47,6 +47,63 @@ CURRENT = """\
 -A KUBE-SVC-YN5D6RYVEVZOH44Q ! -s 10.244.0.0/16 -d 10.0.1.175/32 -p tcp -m comment --comment "default/hostnames cluster IP" -m tcp --dport 80 -j KUBE-MARK-MASQ
 -A KUBE-SVC-YN5D6RYVEVZOH44Q -m comment --comment "default/hostnames -> 10.244.1.7:9376" -j KUBE-SEP-0123456789ABCDEF
 """.replace("0123456789ABCDEF", "IQV2T7WZFFJMSXMA")  # noqa: E501
+
+NODE_PORT_AND_LOAD_BALANCER = [
+    "TCP 172.30.0.42:80 label=ns2/svc2:p80 sticky=300 -> 10.180.0.1:80, 10.180.0.2:80",
+    "TCP 192.168.0.2:31001 NodePort node label=ns2/svc2:p80 sticky=300 -> 10.180.0.1:80",
+    "TCP 192.168.0.2:31001 (inside) NodePort node label=ns2/svc2:p80 sticky=300 -> 10.180.0.1:80, 10.180.0.2:80",
+    "TCP 1.2.3.4:80 LoadBalancer node from=203.0.113.0/25 label=ns2/svc2:p80 sticky=300 -> 10.180.0.1:80",
+    "TCP 1.2.3.4:80 (inside) LoadBalancer node label=ns2/svc2:p80 sticky=300 -> 10.180.0.1:80, 10.180.0.2:80",
+    "TCP 192.168.99.33:80 ExternalIP always drop label=ns4/svc4:p80",
+    "TCP 5.6.7.8:80 LoadBalancer always from=203.0.113.0/25 label=ns5/svc5:p80",
+]
+# reference/kube_proxy.md, section 5; but the rule of KUBE-NODEPORTS names its address, that of KUBE-EXTERNAL-SERVICES
+# the kind, and a firewall that stands where there is no endpoint lets those through who are to be refused
+EXTERNAL_NAT = """\
+-A PREROUTING -m comment --comment "kubernetes service portals" -j KUBE-SERVICES
+-A OUTPUT -m comment --comment "kubernetes service portals" -j KUBE-SERVICES
+-A POSTROUTING -m comment --comment "kubernetes postrouting rules" -j KUBE-POSTROUTING
+-A KUBE-EXT-GNZBNJ2PO5MGZ6GT -s 10.0.0.0/8 -m comment --comment "pod traffic for ns2/svc2:p80 external destinations" -j KUBE-SVC-GNZBNJ2PO5MGZ6GT
+-A KUBE-EXT-GNZBNJ2PO5MGZ6GT -m comment --comment "masquerade LOCAL traffic for ns2/svc2:p80 external destinations" -m addrtype --src-type LOCAL -j KUBE-MARK-MASQ
+-A KUBE-EXT-GNZBNJ2PO5MGZ6GT -m comment --comment "route LOCAL traffic for ns2/svc2:p80 external destinations" -m addrtype --src-type LOCAL -j KUBE-SVC-GNZBNJ2PO5MGZ6GT
+-A KUBE-EXT-GNZBNJ2PO5MGZ6GT -j KUBE-SVL-GNZBNJ2PO5MGZ6GT
+-A KUBE-FW-GNZBNJ2PO5MGZ6GT -s 203.0.113.0/25 -m comment --comment "ns2/svc2:p80 loadbalancer IP" -j KUBE-EXT-GNZBNJ2PO5MGZ6GT
+-A KUBE-FW-GNZBNJ2PO5MGZ6GT -m comment --comment "other traffic to ns2/svc2:p80 will be dropped by KUBE-PROXY-FIREWALL"
+-A KUBE-NODEPORTS -d 192.168.0.2/32 -p tcp -m comment --comment "ns2/svc2:p80" -m tcp --dport 31001 -j KUBE-EXT-GNZBNJ2PO5MGZ6GT
+-A KUBE-SEP-FKDX4UEXGN6O6BS2 -s 10.180.0.1/32 -m comment --comment "ns2/svc2:p80" -j KUBE-MARK-MASQ
+-A KUBE-SEP-FKDX4UEXGN6O6BS2 -p tcp -m comment --comment "ns2/svc2:p80" -m recent --set --name KUBE-SEP-FKDX4UEXGN6O6BS2 --mask 255.255.255.255 --rsource -m tcp -j DNAT --to-destination 10.180.0.1:80
+-A KUBE-SEP-RS4RBKLTHTF2IUXJ -s 10.180.0.2/32 -m comment --comment "ns2/svc2:p80" -j KUBE-MARK-MASQ
+-A KUBE-SEP-RS4RBKLTHTF2IUXJ -p tcp -m comment --comment "ns2/svc2:p80" -m recent --set --name KUBE-SEP-RS4RBKLTHTF2IUXJ --mask 255.255.255.255 --rsource -m tcp -j DNAT --to-destination 10.180.0.2:80
+-A KUBE-SERVICES -d 172.30.0.42/32 -p tcp -m comment --comment "ns2/svc2:p80 cluster IP" -m tcp --dport 80 -j KUBE-SVC-GNZBNJ2PO5MGZ6GT
+-A KUBE-SERVICES -d 1.2.3.4/32 -p tcp -m comment --comment "ns2/svc2:p80 loadbalancer IP" -m tcp --dport 80 -j KUBE-FW-GNZBNJ2PO5MGZ6GT
+-A KUBE-SERVICES -m comment --comment "kubernetes service nodeports; NOTE: this must be the last rule in this chain" -m addrtype --dst-type LOCAL -j KUBE-NODEPORTS
+-A KUBE-SVC-GNZBNJ2PO5MGZ6GT ! -s 10.0.0.0/8 -d 172.30.0.42/32 -p tcp -m comment --comment "ns2/svc2:p80 cluster IP" -m tcp --dport 80 -j KUBE-MARK-MASQ
+-A KUBE-SVC-GNZBNJ2PO5MGZ6GT -m comment --comment "ns2/svc2:p80 -> 10.180.0.1:80" -m recent --rcheck --seconds 300 --reap --name KUBE-SEP-FKDX4UEXGN6O6BS2 --mask 255.255.255.255 --rsource -j KUBE-SEP-FKDX4UEXGN6O6BS2
+-A KUBE-SVC-GNZBNJ2PO5MGZ6GT -m comment --comment "ns2/svc2:p80 -> 10.180.0.2:80" -m recent --rcheck --seconds 300 --reap --name KUBE-SEP-RS4RBKLTHTF2IUXJ --mask 255.255.255.255 --rsource -j KUBE-SEP-RS4RBKLTHTF2IUXJ
+-A KUBE-SVC-GNZBNJ2PO5MGZ6GT -m comment --comment "ns2/svc2:p80 -> 10.180.0.1:80" -m statistic --mode random --probability 0.50000000000 -j KUBE-SEP-FKDX4UEXGN6O6BS2
+-A KUBE-SVC-GNZBNJ2PO5MGZ6GT -m comment --comment "ns2/svc2:p80 -> 10.180.0.2:80" -j KUBE-SEP-RS4RBKLTHTF2IUXJ
+-A KUBE-SVL-GNZBNJ2PO5MGZ6GT -m comment --comment "ns2/svc2:p80 -> 10.180.0.1:80" -m recent --rcheck --seconds 300 --reap --name KUBE-SEP-FKDX4UEXGN6O6BS2 --mask 255.255.255.255 --rsource -j KUBE-SEP-FKDX4UEXGN6O6BS2
+-A KUBE-SVL-GNZBNJ2PO5MGZ6GT -m comment --comment "ns2/svc2:p80 -> 10.180.0.1:80" -j KUBE-SEP-FKDX4UEXGN6O6BS2
+"""  # noqa: E501
+EXTERNAL_FILTER = """\
+-A INPUT -m conntrack --ctstate NEW -m comment --comment "kubernetes load balancer firewall" -j KUBE-PROXY-FIREWALL
+-A INPUT -m conntrack --ctstate NEW -m comment --comment "kubernetes externally-visible service portals" -j KUBE-EXTERNAL-SERVICES
+-A FORWARD -m conntrack --ctstate NEW -m comment --comment "kubernetes load balancer firewall" -j KUBE-PROXY-FIREWALL
+-A FORWARD -m conntrack --ctstate NEW -m comment --comment "kubernetes externally-visible service portals" -j KUBE-EXTERNAL-SERVICES
+-A FORWARD -m conntrack --ctstate NEW -m comment --comment "kubernetes service portals" -j KUBE-SERVICES
+-A OUTPUT -m conntrack --ctstate NEW -m comment --comment "kubernetes load balancer firewall" -j KUBE-PROXY-FIREWALL
+-A OUTPUT -m conntrack --ctstate NEW -m comment --comment "kubernetes externally-visible service portals" -j KUBE-EXTERNAL-SERVICES
+-A OUTPUT -m conntrack --ctstate NEW -m comment --comment "kubernetes service portals" -j KUBE-SERVICES
+-A KUBE-CLUSTER-IPS -d 172.30.0.42/32 -j REJECT --reject-with icmp-port-unreachable
+-A KUBE-CLUSTER-IPS -d 172.30.0.0/16 -m comment --comment "unallocated cluster IPs" -j DROP
+-A KUBE-EXTERNAL-SERVICES -d 192.168.99.33/32 -p tcp -m comment --comment "ns4/svc4:p80 external IP has no local endpoints" -m tcp --dport 80 -j DROP
+-A KUBE-EXTERNAL-SERVICES -d 5.6.7.8/32 -p tcp -m comment --comment "ns5/svc5:p80 loadbalancer IP has no endpoints" -m tcp --dport 80 -j REJECT --reject-with icmp-port-unreachable
+-A KUBE-FW-NUKIZ6OKUXPJNT4C -s 203.0.113.0/25 -j RETURN
+-A KUBE-FW-NUKIZ6OKUXPJNT4C -j DROP
+-A KUBE-PROXY-FIREWALL -d 5.6.7.8/32 -p tcp -m comment --comment "ns5/svc5:p80 traffic not accepted by KUBE-FW-NUKIZ6OKUXPJNT4C" -m tcp --dport 80 -j KUBE-FW-NUKIZ6OKUXPJNT4C
+-A KUBE-PROXY-FIREWALL -d 1.2.3.4/32 -p tcp -m comment --comment "ns2/svc2:p80 traffic not accepted by KUBE-FW-GNZBNJ2PO5MGZ6GT" -m tcp --dport 80 -j DROP
+-A KUBE-SERVICES -m conntrack ! --ctstate DNAT -m comment --comment "closed ports of cluster IPs" -j KUBE-CLUSTER-IPS
+"""  # noqa: E501
 
 
 @dataclass(frozen=True)
@@ -106,6 +163,19 @@ def test_the_current_form_is_kube_proxys(place: Place) -> None:
     backend.prepare()
     bring(backend, "TCP 10.0.1.175:80 rr label=default/hostnames -> 10.244.1.7:9376")
     assert place.nat("hostnames") == CURRENT
+
+
+def test_node_ports_and_load_balancers_are_kube_proxys(place: Place) -> None:
+    cidrs = {"cluster_cidrs": (parse_network("10.0.0.0/8"),), "service_cidrs": (parse_network("172.30.0.0/16"),)}
+    backend = place.open(iptables_compat="current", **cidrs)
+    backend.prepare()
+    bring(backend, *NODE_PORT_AND_LOAD_BALANCER)
+    fixed = ("KUBE-DATAPLANE", "KUBE-MARK", "KUBE-POST")
+    for table, lines in (("nat", EXTERNAL_NAT), ("filter", EXTERNAL_FILTER)):
+        rules = [line for line in place.save("-t", table).splitlines() if line.startswith("-A")]
+        assert [
+            line for line in rules if not line.startswith(tuple(f"-A {one}" for one in fixed))
+        ] == lines.splitlines()
 
 
 def test_another_form_or_other_options_rewrite_what_is_there(place: Place) -> None:
@@ -223,8 +293,8 @@ def test_strangers_rules_stay_before_during_and_after(place: Place) -> None:
     backend = place.open()
     backend.prepare()
     bring(backend, TUTORIAL, "TCP 10.0.0.1:80 rr")
-    mine = ("KUBE-SVC", "KUBE-SEP", "KUBE-SERVICES", "KUBE-MARK-MASQ", "KUBE-POSTROUTING", "KUBE-CLUSTER-IPS")
-    during = [line for line in place.save().splitlines() if not any(w in line for w in (*mine, "KUBE-DATAPLANE"))]
+    mine = ("KUBE-SVC", "KUBE-SEP", *iptables_text.FIXED_CHAINS)
+    during = [line for line in place.save().splitlines() if not any(word in line for word in mine)]
     assert during == before.splitlines()
     backend.remove()
     assert place.save() == before
