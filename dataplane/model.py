@@ -81,6 +81,12 @@ class Network(Struct, frozen=True, gc=False):
         shift = 8 * len(address) - self.prefix
         return int.from_bytes(address) >> shift == int.from_bytes(self.address) >> shift
 
+    @property
+    def last(self) -> Address:
+        """Its last address."""
+        host = (1 << 8 * len(self.address) - self.prefix) - 1
+        return Address((int.from_bytes(self.address) | host).to_bytes(len(self.address)))
+
     def __str__(self) -> str:
         return f"{format_address(self.address)}/{self.prefix}"
 

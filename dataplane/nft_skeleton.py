@@ -54,7 +54,8 @@ def parse(text: str) -> Skeleton:
     for line in map(str.strip, text.splitlines()):
         if found := _SET.fullmatch(line):
             what, name, types, _, more = found.groups()
-            flags = (nft.SET_MAP if what == "map" else 0) | (nft.SET_TIMEOUT if "timeout" in more else 0)
+            flags = nft.SET_MAP if what == "map" else 0
+            flags |= (nft.SET_TIMEOUT if "timeout" in more else 0) | (nft.SET_INTERVAL if "interval" in more else 0)
             skeleton.sets[name] = nft.key_length([_TYPES[each] for each in types.split(" . ")]), flags
         elif line.startswith("chain "):
             current = line.split()[1]

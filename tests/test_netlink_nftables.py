@@ -143,6 +143,12 @@ def test_what_is_packed_can_be_read(values: list[tuple[bytes, int, int, str, int
     assert read == [Element((a, b, c), comment, None) for a, b, c, comment, _ in values]
 
 
+def test_a_range_has_a_first_and_a_last_key() -> None:
+    first, last = (b"\1\2\3\4", 6, 80), (b"\1\2\3\xff", 6, 80)
+    (message,) = SERVERS.add([SERVERS.span(*first, *last)])
+    assert SERVERS.elements_in(message) == [Element(first, end=last)]
+
+
 @given(st.integers(0, 65535), st.sampled_from([ACCEPT, DROP, goto("second"), (-3, "x")]))
 def test_verdicts_can_be_read(port: int, verdict: tuple[int, str]) -> None:
     (message,) = VERDICTS.add([VERDICTS.element(port, verdict=verdict)])
