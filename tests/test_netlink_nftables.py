@@ -2,6 +2,7 @@
 
 import errno
 import json
+import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -413,4 +414,4 @@ def test_without_the_capability_the_error_says_so(netns: NetNs, monkeypatch: pyt
         "try: commit(NetlinkSocket(NETLINK_NETFILTER), [delete_table(1, 'x')])\n"
         "except Exception as error: print(type(error).__name__)"
     )
-    assert netns.run("python3", "-c", program).stdout == f"{NotRoot.__name__}\n"
+    assert netns.run(sys.executable, "-c", program).stdout == f"{NotRoot.__name__}\n"
