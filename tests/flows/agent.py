@@ -11,11 +11,15 @@ from typing import Any, NamedTuple
 from dataplane.backend import Backend, Options, open_backend
 from dataplane.desired import Rules
 from dataplane.manifest_files import ManifestFiles
-from dataplane.model import VirtualServer
+from dataplane.model import VirtualServer, parse_network
 from dataplane.printable import printable
 from dataplane.reconciler import Reconciler, SyncReport
 
 from .cases import Case
+
+
+EVERYWHERE = (parse_network("0.0.0.0/0"), parse_network("::/0"))
+"""externalIPs that a case's Services may claim."""
 
 
 class NotProgrammed(Exception):
@@ -46,12 +50,20 @@ class CaseAgent:
     # ------------------------------------------------------------------------------------- a case's node, for the agent
 
     def rules(self, case: Case) -> Rules:
-        return Rules(node_name=case.node.name, zone=case.config.zone, drain_seconds=0)
+        return Rules(
+            node_name=case.node.name,
+            zone=case.config.zone,
+            drain_seconds=0,
+            node_addresses=case.node.addresses,
+            node_port_ranges=tuple(map(parse_network, case.config.nodeport_addresses)),
+            external_ip_ranges=EVERYWHERE,
+        )
 
     def options(self, case: Case) -> Options:
         return Options(
             masquerade_all=case.config.masquerade_all,
             cluster_cidrs=case.node.cluster_cidrs if case.config.detect_local == "ClusterCIDR" else (),
+            service_cidrs=tuple(map(parse_network, case.config.service_cidrs)),
             iptables_compat=self._compat,
             iptables_tool=self.iptables_tool,
         )
