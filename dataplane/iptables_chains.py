@@ -130,6 +130,11 @@ def express(form: Form, server: VirtualServer) -> VirtualServer:
 
 def arrange(form: Form, servers: Iterable[VirtualServer]) -> list[Site]:
     """The sites of one group with the names of their chains; the same for the same servers, in whatever order."""
+    servers = list(servers)
+    if len(servers) == 1 and not servers[0].at.inside:  # by far the commonest
+        site = Site(servers[0], None)
+        local = not site.plain and servers[0].masquerade is Masquerade.NODE
+        return [Site(servers[0], None, group_of(form, servers[0]), "SVL" if local else "SVC")]
     pairs: dict[tuple[int, bytes, int], list[VirtualServer | None]] = {}
     for server in servers:
         pairs.setdefault(server.at[:3], [None, None])[server.at.inside] = server

@@ -2,6 +2,7 @@
 
 import contextlib
 import random
+import re
 import signal
 import socket
 import threading
@@ -14,11 +15,13 @@ import pytest
 
 from dataplane.backend import Options
 from dataplane.iptables_restore import IptablesBackend
+from dataplane.plan import diff
 
 from . import traffic
 from .netns import Topology
 from .node_agent import VIP, VIP6, NodeAgent, manifest, node_agent
 from .traffic import Caller, eventually, host_server
+from .words import at, server
 
 pytestmark = pytest.mark.root
 
@@ -149,10 +152,6 @@ def test_connections_are_spread_evenly_and_the_counters_say_so(
 
 
 def test_weights_are_shares(agent: NodeAgent, world: Topology, client: Caller, tool: str) -> None:
-    from dataplane.plan import diff
-
-    from .words import at, server
-
     with world.node.enter():
         backend = IptablesBackend(Options(iptables_tool=tool))
         backend.prepare()
@@ -162,6 +161,79 @@ def test_weights_are_shares(agent: NodeAgent, world: Topology, client: Caller, t
     tally = client.tally(600, VIP, 80)
     assert set(tally) == {"pod0", "pod1"}
     assert 320 < tally["pod0"] < 480
+
+
+def masqueraded(world: Topology, tool: str, six: bool) -> int:
+    """Connections that were marked to be masqueraded, by the rule's counter."""
+    text = world.node.run(f"ip{'6' if six else ''}tables-{tool}-save", "-c", "-t", "nat").stdout
+    (found,) = re.findall(r"\[(\d+):\d+\] -A KUBE-MARK-MASQ -j MARK", text)
+    return int(found)
+
+
+@pytest.mark.parametrize("inside", [{"bridge_interface": "br0"}, {"interface_prefix": "br"}], ids=str)
+def test_clients_inside_are_told_by_the_device_they_come_from(
+    agent: NodeAgent, world: Topology, tool: str, inside: dict[str, str]
+) -> None:
+    with world.node.enter():
+        backend = IptablesBackend(Options(iptables_tool=tool, **inside))  # type: ignore[arg-type]
+        backend.prepare()
+        pods = [(pod.v4, f"[{pod.v6}]") for pod in world.pods]
+        aim = {}
+        for six, vip, external in ((0, VIP, "198.51.100.4"), (1, f"[{VIP6}]", "[2001:db8:4::4]")):
+            for text in (
+                f"TCP {vip}:80 label=a/b -> {pods[1][six]}:9376",
+                f"TCP {external}:80 LoadBalancer node label=a/b -> {pods[2][six]}:9376",
+                f"TCP {external}:80 (inside) LoadBalancer node label=a/b -> {pods[1][six]}:9376",
+            ):
+                one = backend.express(server(text))
+                aim[one.at] = one
+        assert backend.commit(backend.compile(diff(backend.observe(), aim))).failed == {}
+    for vip, external in ((VIP, "198.51.100.4"), (VIP6, "2001:db8:4::4")):
+        seen = {}
+        for name, ns in (("pod", world.pods[0].ns), ("client", world.client), ("node", world.node)):
+            for where, address in (("vip", vip), ("external", external)):
+                before = masqueraded(world, tool, ":" in vip)
+                answer = Caller(ns).ask(address, 80)
+                seen[name, where] = answer, masqueraded(world, tool, ":" in vip) - before
+        assert seen == {
+            ("pod", "vip"): ("pod1", 0),
+            ("pod", "external"): ("pod1", 0),
+            ("client", "vip"): ("pod1", 1),
+            ("client", "external"): ("pod2", 0),
+            ("node", "vip"): ("pod1", 1),
+            ("node", "external"): ("pod1", 1),
+        }
+
+
+def test_a_client_has_one_memory_for_all_addresses_of_a_service(
+    agent: NodeAgent, world: Topology, client: Caller, tool: str
+) -> None:
+    """Affinity is a ServicePort's: who came by the cluster IP meets the same endpoint at every other address."""
+    node = world.node_addresses[0]
+    ends = ", ".join(f"{pod.v4}:9376" for pod in world.pods)
+    with world.node.enter():
+        backend = IptablesBackend(Options(iptables_tool=tool))
+        backend.prepare()
+        aim = {
+            one.at: backend.express(one)
+            for one in map(server, [
+                f"TCP {VIP}:80 sticky=60 label=a/b -> {ends}",
+                f"TCP {node}:30080 NodePort always sticky=60 label=a/b -> {ends}",
+                f"TCP 198.51.100.4:80 LoadBalancer always sticky=60 label=a/b -> {ends}",
+                f"TCP 198.51.100.5:80 LoadBalancer always sticky=60 label=a/c -> {ends}",
+            ])
+        }  # fmt: skip
+        assert backend.commit(backend.compile(diff(backend.observe(), aim))).failed == {}
+    (mine,) = client.tally(4, VIP, 80)
+    for address, port in ((node, 30080), ("198.51.100.4", 80), (VIP, 80)):
+        assert client.tally(6, address, port) == {mine: 6}
+    assert len(client.tally(4, "198.51.100.5", 80)) == 1
+    with world.node.enter():
+        reports = {str(one.server.at): one for one in backend.report()}
+    # the chains are shared, and so are their counts: told once
+    assert reports[f"TCP {VIP}:80"].connections == 4 + 18
+    assert {c.connections for _, c in reports["TCP 198.51.100.4:80"].reals} == {-1}
+    assert reports["TCP 198.51.100.5:80"].connections == 4
 
 
 def test_everybody_reaches_a_service_also_through_itself(agent: NodeAgent, world: Topology) -> None:
