@@ -17,7 +17,6 @@ from dataplane.reconciler import Reconciler, SyncReport
 
 from .cases import Case
 
-
 EVERYWHERE = (parse_network("0.0.0.0/0"), parse_network("::/0"))
 """externalIPs that a case's Services may claim."""
 
