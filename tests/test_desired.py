@@ -27,7 +27,7 @@ NODE = Rules(
     external_ip_ranges=(parse_network("192.0.2.0/24"), parse_network("fd00::/8")),
 )
 WEB = "default/web 10.0.0.1 http:80/TCP"
-LOAD_BALANCER_CLIENTS = "1.2.3.4/32+192.168.0.0/24+203.0.113.0/25"
+LB_CLIENTS = "1.2.3.4/32+192.168.0.0/24+203.0.113.0/25"
 WEB_PORT_TEXT = "default/web 10.0.0.1"
 WEB_PORT = service(
     WEB_PORT_TEXT, type=ServiceType.NODE_PORT, ports=(ServicePort("http", Protocol.TCP, 80, node_port=30080),)
@@ -173,7 +173,7 @@ CASES: dict[str, tuple[ServiceView, list[str]]] = {
         ),
         [
             "TCP 10.0.0.1:80 rr label=default/web:http -> 10.1.0.1:8080",
-            f"TCP 1.2.3.4:80 rr LoadBalancer always from={LOAD_BALANCER_CLIENTS} label=default/web:http -> 10.1.0.1:8080",
+            f"TCP 1.2.3.4:80 rr LoadBalancer always from={LB_CLIENTS} label=default/web:http -> 10.1.0.1:8080",
         ],
     ),
     "a range of everything filters nobody": (
