@@ -266,12 +266,16 @@ class Homes:
         """An entry took another's place: numbers that nobody has any more are free."""
         if not (old.home or new.home or old.numbers or new.numbers):
             return
+        gone: list[tuple[int, Target | None]] = []
         for entry, step in ((new, 1), (old, -1)):
-            if entry.home:
-                self._uses[entry.home, None] += step
-            for number, target in entry.endpoints.items() if entry.numbers else ():
-                self._uses[number & HOME_BITS, target] += step
-        for home, whose in [use for use, count in self._uses.items() if count <= 0]:
+            uses: list[tuple[int, Target | None]] = [(entry.home, None)] if entry.home else []
+            if entry.numbers:
+                uses += [(number & HOME_BITS, target) for number, target in entry.endpoints.items()]
+            for use in uses:
+                self._uses[use] += step
+                if self._uses[use] <= 0:
+                    gone.append(use)
+        for home, whose in gone:
             del self._uses[home, whose]
             if whose is not None:
                 self._numbers.get(home, {}).pop(whose, None)

@@ -36,6 +36,8 @@ from .procfs_sysctl import Change, Wanted, apply, check, restore, running_kernel
 
 SYSCTLS = (Wanted("net.ipv4.ip_forward", 1, "packets to a Service leave for endpoints on other machines"),)
 _TEXT = Path(__file__).with_suffix(".nft")
+_ECHOES = 4096
+"""Unread messages about elements that are gone; more of them are read at once."""
 _RACES = 20
 """Commits of others that may come in between before a commit of ours gives up."""
 
@@ -109,6 +111,8 @@ class NftablesBackend:
         self._generation: int | None = None
         self._counted: dict[VirtualAddress, dict[Target, int]] = {}
         """Connections that elements which are gone had counted."""
+        self._echoes: list[bytes] = []
+        """What the kernel told of them, not yet read: nobody who waits for a change needs it."""
         self._homes = Homes()
 
     # ------------------------------------------------------------------------------------------------ contract
@@ -161,12 +165,14 @@ class NftablesBackend:
                 state.put(lay.server_of(at, entry, vips, hairpins))
             else:
                 state.ghosts.add(at)
+        self._count_echoes()
         for at in self._counted.keys() - self._entries.keys():
             del self._counted[at]
         return state
 
     def suspects(self, held: State) -> set[VirtualAddress] | None:
         """None at all while the ruleset is of the generation we know; what packets write does not raise it."""
+        self._count_echoes()
         if self._generation is None or netlink.read_generation(self._sock).id != self._generation:
             return None
         return set()
@@ -230,6 +236,7 @@ class NftablesBackend:
         """Every server of ours with its counters."""
         if not self._table.exists():
             return
+        self._count_echoes()
         entries, vips, hairpins, packets = self._read()
         for at in sorted(entries, key=lambda each: (len(each.address), each)):
             entry = entries[at]
@@ -326,12 +333,14 @@ class NftablesBackend:
             messages += [message for wire, each in packed.items() for message in wire.add(each)]
         if not messages:
             return
-        for echo in self._transact(messages):
-            self._keep_count(echo)
+        self._echoes += self._transact(messages)
+        if len(self._echoes) > _ECHOES:
+            self._count_echoes()
         self._chains.update(made)
         for step in steps:
             self._homes.replace(step.old, step.new)
             if step.new is NOTHING:
+                self._count_echoes()
                 self._entries.pop(step.at, None)
                 self._counted.pop(step.at, None)
             else:
@@ -365,6 +374,12 @@ class NftablesBackend:
             touches = netlink.foreign_touches(notes, nft.INET, TABLE, (self._sock.port,))
             self._touched = self._touched or lost or bool(touches)
         return self._touched
+
+    def _count_echoes(self) -> None:
+        """Read what the kernel told of elements that are gone."""
+        echoes, self._echoes = self._echoes, []
+        for echo in echoes:
+            self._keep_count(echo)
 
     def _keep_count(self, echo: bytes) -> None:
         """What elements had counted that a commit of ours took away."""
