@@ -11,6 +11,7 @@ that moving slots moves no client.
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
+from itertools import chain as joined
 from math import gcd
 
 from msgspec import Struct, field
@@ -33,12 +34,14 @@ TABLE = "dataplane-nftables"
 SCHEDULER = "random"
 SLOTS = 256
 """Weights are scaled down to so many slots, unless there are more endpoints than that."""
+ROWS = 64
+"""Endpoints of a new server that are packed in one piece."""
 
 Target = tuple[Address, int]
 """Address and port of an endpoint."""
 
 
-class Entry(Struct):
+class Entry(Struct, gc=False):
     """What the table holds of one virtual address."""
 
     chain: str = ""
@@ -72,6 +75,8 @@ class Entry(Struct):
 
 
 NOTHING = Entry()
+_NONE: tuple[dict[int, int], set[int], set[Target]] = ({}, set(), set())
+"""Numbers, alive and idle of all servers that have none: nobody changes an entry that `layout` has made."""
 
 
 @lru_cache(maxsize=4096)
@@ -146,7 +151,8 @@ def layout(server: VirtualServer, held: Entry) -> Entry:
     if held is NOTHING and not server.persistence and server.real_servers:
         targets = [(real.address, real.port) for real in server.real_servers if real.weight == 1]
         if len(targets) == len(server.real_servers):  # a new server as most are: a slot for each
-            return Entry(chain_name(len(server.at.address), 0, len(targets)), "", label, dict(enumerate(targets)))
+            name = chain_name(len(server.at.address), 0, len(targets))
+            return Entry(name, "", label, dict(enumerate(targets)), *_NONE)
     wanted: dict[Target, int] = {}
     idle = set()
     for real in server.real_servers:
@@ -270,11 +276,15 @@ class Difference(Struct):
             pack = _going(width, new.chain, len(new.label))
             label = (new.label.encode("ascii"),) if new.label else ()
             self.add.setdefault(SERVICES[width], []).append(pack(address, protocol, port, *label))
-            wire = ENDPOINTS[width]
-            plain = wire.plain
-            self.add.setdefault(wire, []).extend(
-                [plain(address, protocol, port, u32_bytes(i), real, to) for i, (real, to) in new.endpoints.items()]
-            )
+            wire, targets = ENDPOINTS[width], new.endpoints.values()
+            if len(targets) <= ROWS:
+                packed = wire.rows(len(targets))(address, protocol, port, *joined.from_iterable(targets))
+                self.add.setdefault(wire, []).append(packed)
+            else:
+                plain = wire.plain
+                self.add.setdefault(wire, []).extend(
+                    [plain(address, protocol, port, u32_bytes(i), real, to) for i, (real, to) in new.endpoints.items()]
+                )
             return
         remove, add = self.remove.setdefault, self.add.setdefault
         counted = self.counted if new is not NOTHING else self.remove
