@@ -47,7 +47,7 @@ def open_backend(options: Options) -> "NftablesBackend":
     return NftablesBackend(options)
 
 
-class Step(Struct, frozen=True):
+class Step(Struct, frozen=True, gc=False):
     """One virtual server on its way: as it lies, and as it shall lie."""
 
     at: VirtualAddress
@@ -183,22 +183,24 @@ class NftablesBackend:
             self.observe()
         steps, unsure = [], set()
         chains: dict[str, None] = {}
+        entries, layout = self._entries, lay.layout
         for server in plan.add:
-            old = self._entries.get(server.at, NOTHING)
+            at = server.at
+            old = entries.get(at, NOTHING)
             if old is not NOTHING and old.whole():
-                unsure.add(server.at)
+                unsure.add(at)
                 continue
-            steps.append(Step(server.at, old, lay.layout(_canonical(server), old, self._homes)))
+            steps.append(Step(at, old, layout(_canonical(server), old, self._homes)))
         for change in plan.change:
             at = change.new.at
             if at not in self._entries:
                 unsure.add(at)
                 continue
             old = self._entries[at]
-            steps.append(Step(at, old, lay.layout(_canonical(change.new), old, self._homes)))
-        for step in steps:
-            if step.new.chain and step.new.chain not in self._chains:
-                chains |= dict.fromkeys(name for name in needed(step.new.chain) if name not in self._chains)
+            steps.append(Step(at, old, layout(_canonical(change.new), old, self._homes)))
+        for missing in {step.new.chain: None for step in steps if step.new.chain not in self._chains}:
+            if missing:
+                chains |= dict.fromkeys(name for name in needed(missing) if name not in self._chains)
         for server in plan.remove:
             old = self._entries.get(server.at, NOTHING)
             if old is not NOTHING:
@@ -337,14 +339,15 @@ class NftablesBackend:
         if len(self._echoes) > _ECHOES:
             self._count_echoes()
         self._chains.update(made)
+        entries = self._entries
         for step in steps:
             self._homes.replace(step.old, step.new)
             if step.new is NOTHING:
                 self._count_echoes()
-                self._entries.pop(step.at, None)
+                entries.pop(step.at, None)
                 self._counted.pop(step.at, None)
             else:
-                self._entries[step.at] = step.new
+                entries[step.at] = step.new
 
     def _transact(self, messages: list[bytes]) -> list[bytes]:
         """The batch, for the generation we know; again, if another table's change was all that came in between."""
@@ -488,9 +491,9 @@ def _addresses(plan: Plan) -> _Shared:
     remove: lay.Packed = {}
     add: lay.Packed = {}
     for packed, vips, hairpins in ((remove, plan.unbind, plan.hairpin_remove), (add, plan.bind, plan.hairpin_add)):
-        for address in vips:
-            wire = lay.VIPS[len(address)]
-            packed.setdefault(wire, []).append(wire.key(address))
+        for width, wire in lay.VIPS.items():
+            if keys := [wire.key(address) for address in vips if len(address) == width]:
+                packed[wire] = keys
         for address in hairpins:
             wire = lay.HAIRPIN[len(address)]
             packed.setdefault(wire, []).append(wire.key(address, address))
