@@ -6,17 +6,20 @@ stays as it is is never sent, which is why the counters of KUBE-SEP go on counti
 what all addresses of a ServicePort share is sent once.
 """
 
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from msgspec import Struct
 
-from .iptables_chains import ChainKey, Rendered, Site, arrange, group_of, lines_of, render
+from .iptables_chains import ChainKey, Line, Rendered, Site, arrange, group_of, lines_of, render
 from .iptables_reading import DAMAGED, Contents, Damage, read
 from .iptables_save import Table
 from .iptables_text import CLUSTER_IPS, LAST, SHARED, Form, closed_ports, service_text, unallocated
 from .model import Address, Family, Kind, VirtualAddress, VirtualServer
 
+SECTION = 100
+"""Groups whose chains go in one section, and four times as many chains that go: measured, 50 to 250 are alike."""
 FEW = 32
 """Rules of shared chains that are edited one by one; more of them, or a fourth of all, and they are sent whole."""
 
@@ -25,10 +28,12 @@ Wanted = Sequence[tuple[VirtualAddress, VirtualServer | None]]
 
 
 class Script(Struct, frozen=True):
-    """An iptables-restore input. `lines` and whose each is, by number from 1; `after`: what was wanted."""
+    """An iptables-restore input. `blame`: ranges of lines (first, behind the last) and whose they are, in order;
+    `after`: what was wanted.
+    """
 
     lines: list[str]
-    blame: dict[int, tuple[VirtualAddress, ...]]
+    blame: list[tuple[int, int, tuple[VirtualAddress, ...]]]
     after: Wanted
     whole: bool
     carried: frozenset[str]
@@ -37,12 +42,17 @@ class Script(Struct, frozen=True):
     def text(self, hits: Mapping[str, int] | None = None) -> str:
         """The input itself; with `hits` the counters of carried chains, for `--counters`."""
         if not hits:
-            return "".join(line + "\n" for line in self.lines)
+            return "\n".join([*self.lines, ""]) if self.lines else ""
         carried = {f"-A {name} -p ": hits.get(name, 0) for name in self.carried}
         width = len("-A KUBE-SEP-0123456789ABCDEF -p ")
         return "".join(
             f"[{carried[line[:width]]}:0] {line}\n" if line[:width] in carried else line + "\n" for line in self.lines
         )
+
+    def whose(self, line: int) -> tuple[VirtualAddress, ...]:
+        """The servers that a line, counted from 1, is about."""
+        place = bisect_right(self.blame, line - 1, key=lambda each: each[0]) - 1
+        return self.blame[place][2] if place >= 0 and line - 1 < self.blame[place][1] else ()
 
 
 class _Group(Struct):
@@ -50,24 +60,35 @@ class _Group(Struct):
 
     before: Rendered
     after: Rendered
-    moving: list[VirtualAddress]
-    heads: dict[VirtualAddress, str]
+    moving: dict[VirtualAddress, str]
+    """With a heading for each."""
+    changed: list[ChainKey] = []
+    """Chains to be written."""
 
     def blamed(self, users: Iterable[VirtualAddress]) -> tuple[VirtualAddress, ...]:
         """Whom a refused rule concerns: those of its users that are to change, else all that are."""
-        return tuple(at for at in users if at in self.heads) or tuple(self.moving)
+        return tuple([at for at in users if at in self.moving]) or tuple(self.moving)
 
-
-_Rows = list[tuple[tuple[VirtualAddress, ...], str]]
+    def edits(self) -> int:
+        """Rules in shared chains that come or go."""
+        if not self.before.lines or not self.after.lines:
+            return len(self.before.lines) + len(self.after.lines)
+        return len(set(self.before.lines) ^ set(self.after.lines))
 
 
 class Books:
-    """Our servers in the tables of one family."""
+    """Our servers in the tables of one family.
 
-    def __init__(self, form: Form, family: Family, contents: Contents | None = None) -> None:
+    `sections`: many servers' chains go in many short sections of a table, the rules that lead to them in a last one.
+    iptables-nft-restore looks each line's chain up in a list of all chains of its section (nft-cache.c), which takes
+    minutes for 40,000 of them; iptables-legacy-restore replaces the whole table for each section, and gets one.
+    """
+
+    def __init__(self, form: Form, family: Family, contents: Contents | None = None, *, sections: bool = False) -> None:
         contents = contents or Contents()
         self.form = form
         self.family = family
+        self.sections = sections
         self.held: dict[VirtualAddress, VirtualServer] = {}
         self.damage: dict[VirtualAddress, Damage] = contents.damage
         self.groups: dict[str, tuple[VirtualAddress, ...]] = {}
@@ -80,9 +101,9 @@ class Books:
             self._put(server)
 
     @classmethod
-    def read(cls, form: Form, family: Family, tables: Mapping[str, Table]) -> "Books":
+    def read(cls, form: Form, family: Family, tables: Mapping[str, Table], *, sections: bool = False) -> "Books":
         """From tables that are ours."""
-        return cls(form, family, read(form, family, tables))
+        return cls(form, family, read(form, family, tables), sections=sections)
 
     def holds(self, at: VirtualAddress) -> bool:
         """There is a server there, and its rules are as they should be."""
@@ -133,70 +154,93 @@ class Books:
     def compose(self, wanted: Wanted, *, whole: bool = False) -> Script:
         """The text that gives each of these addresses its wanted server; an empty one when they have it."""
         groups = self._touched(wanted)
-        previous = {key for group in groups.values() for key in group.before.chains}
-        if whole or not self.tidy or any(at in self.damage for at, _ in wanted):
+        moving = {at for at, _ in wanted}
+        previous = {key for group in groups for key in group.before.chains}
+        if whole or not self.tidy or not moving.isdisjoint(self.damage):
             whole = True
-            moving = {at for at, _ in wanted}
             previous |= self.orphans.union(*(one.chains for at, one in self.damage.items() if at in moving))
             previous.difference_update(*(one.chains for at, one in self.damage.items() if at not in moving))
-        gone = sorted(previous.difference(*(group.after.chains for group in groups.values())))
-        edits = sum(len(set(group.before.lines) ^ set(group.after.lines)) for group in groups.values())
-        whole = whole or edits > max(FEW, len(self.held) // 4)
-        opened, closed = self._cluster_ips(wanted)
-        # chains whose rules cannot be relied on: damaged servers use them, too
-        doubtful: frozenset[ChainKey] = frozenset().union(*(damage.chains for damage in self.damage.values()))
+        for group in groups:
+            kept, chains = group.before.chains, group.after.chains
+            group.changed = [key for key in chains if kept.get(key) != chains[key]] if kept else list(chains)
+        gone: list[ChainKey] = []
+        carried: frozenset[str] = frozenset()
+        if previous:
+            gone = sorted(previous.difference(*(group.after.chains for group in groups)))
+            declared = previous.intersection(key for group in groups for key in group.changed)
+            carried = frozenset(name for _, name in declared if name.startswith("KUBE-SEP-"))
+        whole = whole or sum(group.edits() for group in groups) > max(FEW, len(self.held) // 4)
         writer = _Writer()
-        declared: set[ChainKey] = set()
         for table in ("filter", "nat"):
-            rows: _Rows = []
-            mine: _Rows = []
-            for group in groups.values():
-                changed = [
-                    key
-                    for key, rules in group.after.chains.items()
-                    if key[0] == table and (group.before.chains.get(key) != rules or key in doubtful)
-                ]
-                declared.update(changed)
-                rows += [((), f":{name} - [0:0]") for _, name in changed]
-                mine += _rows(group, table, changed, whole=whole)
-            rows += [((), f":{name} - [0:0]") for one, name in gone if one == table]
-            if whole:
-                rows += [
-                    ((), f":{name} - [0:0]") for name in (*SHARED[table], *([CLUSTER_IPS] if table == "filter" else []))
-                ]
-                rows += self._others(table, groups, {at for at, _ in wanted})
-            rows += mine
-            if whole:
-                rows += [((), f"-A {key[1]} {rule}") for key, rule in LAST.items() if key[0] == table]
-            if table == "filter":
-                rows += self._closed_ports(opened, closed, whole=whole)
-            rows += [((), f"-X {name}") for one, name in gone if one == table]
-            writer.table(table, rows)
-        carried = frozenset(name for _, name in declared & previous if name.startswith("KUBE-SEP-"))
+            self._table(writer, table, groups, [name for one, name in gone if one == table], wanted, whole=whole)
         return Script(writer.lines, writer.blame, wanted, whole, carried)
 
-    def _touched(self, wanted: Wanted) -> dict[str, _Group]:
+    def _table(
+        self, writer: "_Writer", table: str, groups: list[_Group], gone: list[str], wanted: Wanted, *, whole: bool
+    ) -> None:
+        changed = [[name for one, name in group.changed if one == table] for group in groups]
+        split = self.sections and sum(map(len, changed)) + len(gone) > 4 * SECTION
+        if split:
+            # chains that nothing leads to yet, or that stay right whichever section is the last to be carried out
+            some = [one for one in zip(groups, changed, strict=True) if one[1]]
+            for start in range(0, len(some), SECTION):
+                part = some[start : start + SECTION]
+                writer.begin(table)
+                writer.lines += [f":{name} - [0:0]" for _, names in part for name in names]
+                for group, names in part:
+                    writer.group(group, table, names, (), ())
+                writer.commit()
+        writer.begin(table)
+        if not split:
+            writer.lines += [f":{name} - [0:0]" for names in (*changed, gone) for name in names]
+        if whole:
+            writer.lines += [f":{name} - [0:0]" for name in SHARED[table]]
+            writer.lines += [f":{CLUSTER_IPS} - [0:0]"] if table == "filter" else []
+            writer.lines += self._others(table, wanted)
+        for group, names in zip(groups, changed, strict=True):
+            before = [] if whole else [line for line in group.before.lines if line.chain[0] == table]
+            after = [line for line in group.after.lines if line.chain[0] == table]
+            if before and after:
+                before, after = (
+                    [line for line in before if line not in after],
+                    [line for line in after if line not in before],
+                )
+            writer.group(group, table, () if split else names, before, after, verb="-A" if whole else "-I")
+        if whole:
+            writer.lines += [f"-A {key[1]} {rule}" for key, rule in LAST.items() if key[0] == table]
+        if table == "filter":
+            writer.lines += self._cluster_ips(wanted, whole=whole)
+        if not split:
+            writer.lines += [f"-X {name}" for name in gone]
+            writer.commit()
+            return
+        writer.commit()
+        # emptied first, all of them: then none leads to another any more
+        for verb in (":{} - [0:0]", "-X {}"):
+            for start in range(0, len(gone), 4 * SECTION):
+                writer.begin(table)
+                writer.lines += map(verb.format, gone[start : start + 4 * SECTION])
+                writer.commit()
+
+    def _touched(self, wanted: Wanted) -> list[_Group]:
         """The groups in which something changes, as they are and as they shall be."""
+        form, held = self.form, self.held
         moving: dict[str, dict[VirtualAddress, VirtualServer | None]] = {}
         for at, new in wanted:
-            old = self.held.get(at)
-            if old is not None and at not in self.damage:
-                moving.setdefault(group_of(self.form, old), {})[at] = None
+            if (old := held.get(at)) is not None and at not in self.damage:
+                moving.setdefault(group_of(form, old), {})[at] = None
             elif new is None:
                 moving.setdefault("", {})[at] = None  # damaged, and to go: nothing is written for it
         for at, new in wanted:
             if new is not None:
-                moving.setdefault(group_of(self.form, new), {})[at] = new
-        groups = {}
+                moving.setdefault(group_of(form, new), {})[at] = new
+        groups = []
         for name, changes in moving.items():
             members = self.groups.get(name, ())
-            stay = [self.held[at] for at in members if at not in changes]
-            groups[name] = _Group(
-                render(self.form, (self.held[at] for at in members)),
-                render(self.form, (*stay, *filter(None, changes.values()))),
-                list(changes),
-                {at: self._head(at, new) for at, new in changes.items()},
-            )
+            stay = [held[at] for at in members if at not in changes]
+            come = [new for new in changes.values() if new is not None]
+            before, after = render(form, [held[at] for at in members]), render(form, [*stay, *come])
+            groups.append(_Group(before, after, {at: self._head(at, new) for at, new in changes.items()}))
         return groups
 
     def _head(self, at: VirtualAddress, new: VirtualServer | None) -> str:
@@ -204,62 +248,39 @@ class Books:
             return f"# - {at}"
         return f"# {'~' if at in self.held else '+'} {at} {service_text(self.form, at, new.label)}"
 
-    def _others(self, table: str, touched: Mapping[str, object], moving: set[VirtualAddress]) -> _Rows:
+    def _others(self, table: str, wanted: Wanted) -> list[str]:
         """The rules in shared chains of everything that stays, damaged or not."""
-        lines = (
-            (line.chain, line.rule)
+        touched = {group_of(self.form, new) for _, new in wanted if new is not None}
+        touched |= {group_of(self.form, self.held[at]) for at, _ in wanted if self.holds(at)}
+        moving = {at for at, _ in wanted}
+        lines = [
+            f"-A {line.chain[1]} {line.rule}"
             for group, members in self.groups.items()
             if group not in touched
-            for site in arrange(self.form, (self.held[at] for at in members))
+            for site in arrange(self.form, [self.held[at] for at in members])
             for line in lines_of(self.form, site)
-        )
+            if line.chain[0] == table
+        ]
         damaged = (line for at, damage in self.damage.items() if at not in moving for line in damage.lines)
-        return [((), f"-A {chain} {rule}") for some in (lines, damaged) for (one, chain), rule in some if one == table]
+        return lines + [f"-A {chain} {rule}" for (one, chain), rule in damaged if one == table]
 
-    def _cluster_ips(self, wanted: Wanted) -> tuple[list[Address], list[Address]]:
-        """Cluster IPs that get, and that lose, their rule in KUBE-CLUSTER-IPS."""
+    def _cluster_ips(self, wanted: Wanted, *, whole: bool) -> list[str]:
+        """The lines of KUBE-CLUSTER-IPS, for cluster IPs that come and go or for all."""
         steps: Counter[Address] = Counter()
         for at, new in wanted:
             old = self.held.get(at)
-            steps[at.address] += (new is not None and new.kind is Kind.CLUSTER_IP) - (
-                old is not None and old.kind is Kind.CLUSTER_IP
-            )
-        uses = {address: self.uses.get(address, 0) for address in steps}
-        opened = [address for address, step in steps.items() if not uses[address] and step > 0]
-        closed = [address for address, step in steps.items() if uses[address] and uses[address] + step <= 0]
-        return sorted(opened), sorted(closed)
-
-    def _closed_ports(self, opened: list[Address], closed: list[Address], *, whole: bool) -> _Rows:
+            was, will = (each is not None and each.kind is Kind.CLUSTER_IP for each in (old, new))
+            if was != will:
+                steps[at.address] += will - was
+        uses = self.uses
+        opened = sorted(address for address, step in steps.items() if step > 0 and address not in uses)
+        closed = sorted(address for address, step in steps.items() if step < 0 and uses[address] + step <= 0)
         if not whole:
-            rows = [f"-D {CLUSTER_IPS} {closed_ports(address)}" for address in closed]
-            return [((), row) for row in (*rows, *(f"-I {CLUSTER_IPS} {closed_ports(each)}" for each in opened))]
-        addresses = self.uses.keys() - set(closed) | set(opened)
-        rows = [f"-A {CLUSTER_IPS} {closed_ports(each)}" for each in sorted(addresses)]
-        rows += [f"-A {CLUSTER_IPS} {rule}" for rule in unallocated(self.form, self.family)]
-        return [((), row) for row in rows]
-
-
-def _rows(group: _Group, table: str, changed: list[ChainKey], *, whole: bool) -> _Rows:
-    """A group's lines of restore text in one table, each part below a heading."""
-    parts: dict[VirtualAddress, _Rows] = {at: [] for at in group.moving}
-    for key in changed:
-        users = group.blamed(group.after.users[key])
-        parts[users[0]] += [(users, f"-A {key[1]} {rule}") for rule in group.after.chains[key]]
-    for verb, lines, others in (
-        ("-D", group.before.lines, set(group.after.lines)),
-        ("-A" if whole else "-I", group.after.lines, set() if whole else set(group.before.lines)),
-    ):
-        if verb == "-D" and whole:
-            continue
-        for line in lines:
-            if line.chain[0] == table and line not in others:
-                users = group.blamed((line.at, line.at._replace(inside=True)))
-                parts[users[0]].append((users, f"{verb} {line.chain[1]} {line.rule}"))
-    # chains that many share are sent once, below the headings of all
-    rows: _Rows = [((), group.heads[at]) for at, part in parts.items() if changed and not part]
-    for at, part in parts.items():
-        rows += [((), group.heads[at]), *part] if part else []
-    return rows
+            lines = [f"-D {CLUSTER_IPS} {closed_ports(address)}" for address in closed]
+            return lines + [f"-I {CLUSTER_IPS} {closed_ports(address)}" for address in opened]
+        addresses = sorted((uses.keys() - set(closed)) | set(opened))
+        lines = [f"-A {CLUSTER_IPS} {closed_ports(address)}" for address in addresses]
+        return lines + [f"-A {CLUSTER_IPS} {rule}" for rule in unallocated(self.form, self.family)]
 
 
 class _Writer:
@@ -267,13 +288,57 @@ class _Writer:
 
     def __init__(self) -> None:
         self.lines: list[str] = []
-        self.blame: dict[int, tuple[VirtualAddress, ...]] = {}
+        self.blame: list[tuple[int, int, tuple[VirtualAddress, ...]]] = []
+        self._name = ""
 
-    def table(self, name: str, rows: _Rows) -> None:
-        if rows:
-            self.lines.append(f"*{name}")
-            for users, line in rows:
-                self.lines.append(line)
-                if users:
-                    self.blame[len(self.lines)] = users
+    def begin(self, name: str) -> None:
+        """A section of a table; one that stays empty leaves nothing behind."""
+        self._name = f"*{name}"
+        self.lines.append(self._name)
+
+    def commit(self) -> None:
+        """The end of the section."""
+        if self.lines[-1] is self._name:
+            self.lines.pop()
+        else:
             self.lines.append("COMMIT")
+
+    def group(
+        self,
+        group: _Group,
+        table: str,
+        names: Sequence[str],
+        before: Sequence[Line],
+        after: Sequence[Line],
+        *,
+        verb: str = "-A",
+    ) -> None:
+        """The lines of one group, below headings that name those in it that change: its chains, then its rules."""
+        if len(group.moving) == 1:
+            lines = [f"-A {name} {rule}" for name in names for rule in group.after.chains[table, name]]
+            lines += [f"-D {line.chain[1]} {line.rule}" for line in before]
+            lines += [f"{verb} {line.chain[1]} {line.rule}" for line in after]
+            if lines:
+                self._block(tuple(group.moving), next(iter(group.moving.values())), lines)
+            return
+        parts: dict[VirtualAddress, list[tuple[tuple[VirtualAddress, ...], list[str]]]] = {}
+        for name in names:
+            users = group.blamed(group.after.users.get((table, name), ()))
+            rules = [f"-A {name} {rule}" for rule in group.after.chains[table, name]]
+            parts.setdefault(users[0], []).append((users, rules))
+        for action, edits in (("-D", before), (verb, after)):
+            for line in edits:
+                users = group.blamed((line.at, line.at._replace(inside=True)))
+                parts.setdefault(users[0], []).append((users, [f"{action} {line.chain[1]} {line.rule}"]))
+        if names and len(group.moving) > 1:  # chains that many share are sent once, below the headings of all
+            self.lines += [head for at, head in group.moving.items() if at not in parts]
+        for at, part in parts.items():
+            for number, (users, rules) in enumerate(part):
+                self._block(users, "" if number else group.moving[at], rules)
+
+    def _block(self, users: tuple[VirtualAddress, ...], head: str, lines: list[str]) -> None:
+        if head:
+            self.lines.append(head)
+        start = len(self.lines)
+        self.lines += lines
+        self.blame.append((start, len(self.lines), users))

@@ -29,11 +29,9 @@ from .iptables_text import (
     reject,
     service_text,
     shares,
-    single,
     to_address,
-    usual_seed,
 )
-from .model import Kind, Masquerade, NoServers, RealServer, VirtualAddress, VirtualServer, family_of
+from .model import Forwarding, Kind, Masquerade, NoServers, RealServer, VirtualAddress, VirtualServer, family_of
 
 LOCAL = "-m addrtype --src-type LOCAL"
 """The match of processes of this node."""
@@ -53,11 +51,13 @@ class Line(NamedTuple):
 class Site(NamedTuple):
     """What is at one address and port: the server for everybody, and the one for clients inside the cluster.
 
-    `seed`: what its chains are named after. `pool`: where the endpoints of the one for everybody are, SVC or SVL.
+    `text`: what comments call it. `seed`: what its chains are named after. `pool`: where the endpoints of the one for
+    everybody are, SVC or SVL.
     """
 
     outside: VirtualServer | None
     inside: VirtualServer | None
+    text: str = ""
     seed: str = ""
     pool: str = "SVC"
 
@@ -90,7 +90,10 @@ class Site(NamedTuple):
 
 
 class Rendered(NamedTuple):
-    """A group in rules: those in shared chains, its own chains, and which virtual addresses use each of these."""
+    """A group in rules: those in shared chains, its own chains, and which virtual addresses use each of these.
+
+    Of a group with a single site nothing is said in `users`.
+    """
 
     lines: list[Line]
     chains: dict[ChainKey, Rules]
@@ -98,14 +101,17 @@ class Rendered(NamedTuple):
 
 
 def group_of(form: Form, server: VirtualServer) -> str:
-    """What tells groups apart: the usual seed of their chains' names."""
-    return usual_seed(form, server.at, server.label)
+    """What tells groups apart: the usual seed of their chains' names, as in kube-proxy."""
+    return service_text(form, server.at, server.label) + PROTOCOLS[server.at.protocol]
 
 
 def express(form: Form, server: VirtualServer) -> VirtualServer:
     """The server as rules can hold it and tell it back: what rules have no way to say takes its default."""
     reals = server.real_servers
-    if any(real != RealServer(real.address, real.port, real.weight) for real in reals):
+    if any(
+        real.local or real.forwarding is not Forwarding.MASQ or real.upper_threshold or real.lower_threshold
+        for real in reals
+    ):
         reals = tuple(RealServer(real.address, real.port, real.weight) for real in reals)
     masquerade = server.masquerade if reals else Masquerade.DETECT
     if masquerade is Masquerade.ALWAYS and form.everyone and server.kind is Kind.CLUSTER_IP:
@@ -131,17 +137,16 @@ def express(form: Form, server: VirtualServer) -> VirtualServer:
 def arrange(form: Form, servers: Iterable[VirtualServer]) -> list[Site]:
     """The sites of one group with the names of their chains; the same for the same servers, in whatever order."""
     servers = list(servers)
-    if len(servers) == 1 and not servers[0].at.inside:  # by far the commonest
-        site = Site(servers[0], None)
-        local = not site.plain and servers[0].masquerade is Masquerade.NODE
-        return [Site(servers[0], None, group_of(form, servers[0]), "SVL" if local else "SVC")]
+    if not servers:
+        return []
+    text = service_text(form, servers[0].at, servers[0].label)
+    usual = text + PROTOCOLS[servers[0].at.protocol]
+    if len(servers) == 1 and servers[0].kind is Kind.CLUSTER_IP and not servers[0].at.inside:
+        return [Site(servers[0], None, text, usual)]  # by far the commonest
     pairs: dict[tuple[int, bytes, int], list[VirtualServer | None]] = {}
     for server in servers:
         pairs.setdefault(server.at[:3], [None, None])[server.at.inside] = server
-    sites = [Site(pairs[where][False], pairs[where][True]) for where in sorted(pairs)]
-    if not sites:
-        return []
-    usual = group_of(form, sites[0].any)
+    sites = [Site(pairs[where][False], pairs[where][True], text, usual) for where in sorted(pairs)]
     mixed = not all(site.plain for site in sites)
     # external ones first: what they leave is a cluster IP's (KUBE-SVL, with internalTrafficPolicy Local)
     sites.sort(key=lambda site: site.plain)
@@ -157,7 +162,7 @@ def arrange(form: Form, servers: Iterable[VirtualServer]) -> list[Site]:
             claims = _claims(site, pool)
             if all(taken.get(name, claim) == claim for name, claim in claims.items()):
                 taken.update(claims)
-                arranged.append(site._replace(seed=usual, pool=pool))
+                arranged.append(site._replace(pool=pool))
                 break
         else:
             arranged.append(site._replace(seed=own_seed(usual, site.any.at), pool=pools[0]))
@@ -190,8 +195,8 @@ def _claims(site: Site, pool: str) -> dict[str, object]:
 def lines_of(form: Form, site: Site) -> Iterator[Line]:
     """The rules of a site in shared chains."""
     server, outside = site.any, site.outside
-    at = server.at._replace(inside=False)
-    text = service_text(form, at, server.label)
+    at = server.at._replace(inside=False) if server.at.inside else server.at
+    text = site.text
     if site.led:
         words = f"{text}{PORTAL_WORDS[server.kind]}"
         target = site.pool if site.plain else "FW" if server.allowed else "EXT"
@@ -224,39 +229,48 @@ def render(form: Form, servers: Iterable[VirtualServer]) -> Rendered:
     """Every rule of one group, as iptables-save prints them."""
     sites = arrange(form, servers)
     found = Rendered([], {}, {})
-    ends: dict[str, tuple[RealServer, bool]] = {}
+    if not sites:
+        return found
+    several = len(sites) > 1
+    ends: dict[str, tuple[str, bool]] = {}
     for site in sites:
         found.lines.extend(lines_of(form, site))
-        for key, rules in _external_chains(form, site):
-            found.chains[key] = rules
-            _use(found, key, site.outside, site.inside)
+        if not site.plain:
+            for key, rules in _external_chains(form, site):
+                found.chains[key] = rules
+                if several:
+                    _use(found, key, site.outside, site.inside)
         for pool, server in ((site.pool, site.outside), ("SVC", site.inside)):
             if server is None or not (server.real_servers or server.at.inside):
                 continue
             key = "nat", chain_name(pool, site.seed)
-            _use(found, key, server)
-            clients = client_rules(form, server) if site.plain else ()
+            if several:
+                _use(found, key, server)
+            clients = client_rules(form, server, site.text) if site.plain else ()
             if key in found.chains:  # a second one: what differs is its own clients at most
                 found.chains[key] = (*clients, *found.chains[key])
                 continue
-            found.chains[key] = (*clients, *_balance(form, server, site.seed))
-            for real in server.real_servers:
-                sep = chain_name("SEP", f"{site.seed}{real}")
+            texts = [str(real) for real in server.real_servers]
+            seps = [chain_name("SEP", f"{site.seed}{text}") for text in texts]
+            found.chains[key] = (*clients, *_balance(form, server, site.text, texts, seps))
+            for real, text, sep in zip(server.real_servers, texts, seps, strict=True):
                 remembers = bool(server.persistence and real.weight)
-                ends[sep] = real, remembers or (sep in ends and ends[sep][1])
-                _use(found, ("nat", sep), server)
-    for sep, (real, remembers) in ends.items():
-        found.chains["nat", sep] = _endpoint(form, sites[0].any, real, sep, remembers=remembers)
+                ends[sep] = text, remembers or (sep in ends and ends[sep][1])
+                if several:
+                    _use(found, ("nat", sep), server)
+    _endpoints(form, sites[0], ends, found)
     return found
 
 
 def _use(found: Rendered, key: ChainKey, *servers: VirtualServer | None) -> None:
-    found.users.setdefault(key, []).extend(server.at for server in servers if server)
+    found.users.setdefault(key, []).extend([server.at for server in servers if server])
 
 
-def client_rules(form: Form, server: VirtualServer) -> Rules:
+def client_rules(form: Form, server: VirtualServer, text: str) -> Rules:
     """The rule at a cluster IP that marks clients to be masqueraded, if there is one."""
-    words = f"{service_text(form, server.at, server.label)} cluster IP"
+    if server.masquerade is Masquerade.DETECT and not form.tells:
+        return ()
+    words = f"{text} cluster IP"
     return tuple(f"{_to_from(server.at, words, match)} -j {target}" for match, target in _masqueraded(form, server))
 
 
@@ -281,10 +295,7 @@ def _masqueraded(form: Form, server: VirtualServer) -> Iterator[tuple[str, str]]
 
 def _external_chains(form: Form, site: Site) -> Iterator[tuple[ChainKey, Rules]]:
     """KUBE-FW and KUBE-EXT of a site."""
-    if site.plain:
-        return
-    server = site.any
-    text = service_text(form, server.at, server.label)
+    server, text = site.any, site.text
     firewall, external = chain_name("FW", site.seed), chain_name("EXT", site.seed)
     allowed = server.allowed
     if allowed and site.led:
@@ -300,7 +311,7 @@ def _external_chains(form: Form, site: Site) -> Iterator[tuple[ChainKey, Rules]]
 def external_rules(form: Form, site: Site) -> Iterator[str]:
     """KUBE-EXT: clients inside the cluster may use every endpoint, whatever the policy for the others is."""
     server = site.any
-    words = f"{service_text(form, server.at, server.label)} external destinations"
+    words = f"{site.text} external destinations"
     everywhere = chain_name("SVC", site.seed)
     if site.inside:
         for each in form.insiders(family_of(server.at.address)):
@@ -319,39 +330,38 @@ def external_rules(form: Form, site: Site) -> Iterator[str]:
     yield f"{told}-j {chain_name(site.pool, site.seed)}"
 
 
-def _balance(form: Form, server: VirtualServer, seed: str) -> Iterator[str]:
+def _balance(form: Form, server: VirtualServer, text: str, ends: list[str], seps: list[str]) -> Iterator[str]:
     """KUBE-SVC and KUBE-SVL: who came lately goes where he was, anybody else by chance."""
-    text = service_text(form, server.at, server.label)
     reals = server.real_servers
-    seps = [chain_name("SEP", f"{seed}{real}") for real in reals]
     if server.persistence:
         mask = _mask(server.at)
-        for real, sep in zip(reals, seps, strict=True):
+        for real, end, sep in zip(reals, ends, seps, strict=True):
             if real.weight:
                 yield (
-                    f"{comment(_arrow(form, text, real))} -m recent --rcheck --seconds {server.persistence} --reap "
-                    f"--name {sep} --mask {mask} --rsource -j {sep}"
+                    f"{comment(_arrow(form, text, real, end))} -m recent --rcheck --seconds {server.persistence} "
+                    f"--reap --name {sep} --mask {mask} --rsource -j {sep}"
                 )
-    for real, sep, share in zip(reals, seps, shares(form, reals), strict=True):
-        yield f"{comment(_arrow(form, text, real))}{share} -j {sep}"
+    for real, end, sep, share in zip(reals, ends, seps, shares(form, reals), strict=True):
+        yield f"{comment(_arrow(form, text, real, end))}{share} -j {sep}"
 
 
-def _endpoint(form: Form, server: VirtualServer, real: RealServer, sep: str, *, remembers: bool) -> Rules:
-    """KUBE-SEP: one endpoint."""
-    words = comment(service_text(form, server.at, server.label))
-    protocol = PROTOCOLS[server.at.protocol]
-    hairpin = f"MARK --set-xmark {MARK}/{MARK}" if form.classic else MARK_MASQ
-    remember = f" -m recent --set --name {sep} --mask {_mask(server.at)} --rsource" if remembers else ""
-    return (
-        f"-s {single(real.address)} {words} -j {hairpin}",
-        f"-p {protocol} {words}{remember} -m {protocol} -j DNAT --to-destination {real}",
-    )
+def _endpoints(form: Form, site: Site, ends: dict[str, tuple[str, bool]], found: Rendered) -> None:
+    """KUBE-SEP: one endpoint each."""
+    at = site.any.at
+    words, protocol, mask = comment(site.text), PROTOCOLS[at.protocol], _mask(at)
+    width = 8 * len(at.address)
+    hairpin = f"/{width} {words} -j " + (f"MARK --set-xmark {MARK}/{MARK}" if form.classic else MARK_MASQ)
+    to = f" -m {protocol} -j DNAT --to-destination "
+    for sep, (end, remembers) in ends.items():
+        remember = f" -m recent --set --name {sep} --mask {mask} --rsource" if remembers else ""
+        host = end[: end.rindex(":")].strip("[]")
+        found.chains["nat", sep] = f"-s {host}{hairpin}", f"-p {protocol} {words}{remember}{to}{end}"
 
 
 def _mask(at: VirtualAddress) -> str:
     return "255.255.255.255" if len(at.address) == 4 else "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff"
 
 
-def _arrow(form: Form, text: str, real: RealServer) -> str:
+def _arrow(form: Form, text: str, real: RealServer, end: str) -> str:
     weight = f" weight {real.weight}" if real.weight != 1 else ""
-    return text + weight if form.classic else f"{text} -> {real}{weight}"
+    return text + weight if form.classic else f"{text} -> {end}{weight}"

@@ -27,6 +27,7 @@ from .iptables_text import (
     Form,
     closed_ports,
     label_of,
+    service_text,
     unallocated,
 )
 from .model import (
@@ -287,10 +288,11 @@ def _named(form: Form, at: VirtualAddress, led: _Rule | None, refused: _Rule | N
 
 def _at_cluster_ip(form: Form, blank: VirtualServer, pool: str, chains: Mapping[ChainKey, list[str]]) -> VirtualServer:
     server = _with_reals(blank, pool, chains)
+    text = service_text(form, blank.at, blank.label)
     mine = [rule for rule in chains.get(("nat", pool), ()) if _leads_to(rule, blank.at)]
     for masquerade in Masquerade:
         one = replace(server, masquerade=masquerade)
-        if same_rules(mine, client_rules(form, one)):
+        if same_rules(mine, client_rules(form, one, text)):
             return one
     return server
 

@@ -10,10 +10,10 @@ colon behind every Service's name, five digits of probability, MARK in KUBE-SEP)
 read back compare as strings. User-made text gets in by one door, `plain_label`, and is dropped there unless harmless.
 """
 
-import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from hashlib import sha256
 
 from msgspec import Struct
 
@@ -76,6 +76,11 @@ class Form(Struct, frozen=True):
     prefix: str = ""
     services: tuple[Network, ...] = ()
 
+    @property
+    def tells(self) -> bool:
+        """Some clients of cluster IPs may have to be masqueraded."""
+        return bool(self.everyone or self.clusters or self.bridge or self.prefix)
+
     def insiders(self, family: Family) -> list[str]:
         """The matches of clients inside the cluster, one for each way to tell them."""
         found = [f"-s {each}" for each in self.clusters if family_of(each.address) == family]
@@ -108,36 +113,34 @@ def label_of(form: Form, at: VirtualAddress, text: str) -> str | None:
     return label if service_text(form, at, label) == text else None
 
 
-def usual_seed(form: Form, at: VirtualAddress, label: str) -> str:
-    """What the names of a ServicePort's chains are hashes of, as in kube-proxy: the same for all of its addresses."""
-    return service_text(form, at, label) + PROTOCOLS[at.protocol]
-
-
 def own_seed(usual: str, at: VirtualAddress) -> str:
     """The seed of an address that cannot share its ServicePort's chains."""
     return f"{usual}@{_endpoint(at.address, at.port)}"
 
 
-_BASE32 = "ABCDEFGHIJKLMNOPQRSTUVWXYZ234567"
-_PAIRS = [one + other for one in _BASE32 for other in _BASE32]
-"""Ten bits as two base32 digits: base64.b32encode takes twice as long."""
+_DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ234567"  # RFC 4648
+_BASE32 = [one + other for one in _DIGITS for other in _DIGITS]
+"""Two characters for every ten bits: base64.b32encode takes six times as long, and there are 40,000 names to make."""
 
 
-@lru_cache(16384)
 def chain_name(kind: str, seed: str) -> str:
-    """`KUBE-SVC-NWV5X2332I4OT4T3` (proxier.go portProtoHash): 80 bits of SHA-256."""
-    bits = int.from_bytes(hashlib.sha256(seed.encode()).digest()[:10])
-    return f"KUBE-{kind}-{''.join([_PAIRS[bits >> shift & 1023] for shift in range(70, -10, -10)])}"
+    """`KUBE-SVC-NWV5X2332I4OT4T3` (proxier.go portProtoHash)."""
+    digest = sha256(seed.encode()).digest()
+    high, low, two = int.from_bytes(digest[:5]), int.from_bytes(digest[5:10]), _BASE32
+    return (
+        f"KUBE-{kind}-{two[high >> 30]}{two[high >> 20 & 0x3FF]}{two[high >> 10 & 0x3FF]}{two[high & 0x3FF]}"
+        f"{two[low >> 30]}{two[low >> 20 & 0x3FF]}{two[low >> 10 & 0x3FF]}{two[low & 0x3FF]}"
+    )
 
 
 # ----------------------------------------------------------------------------------------------------- phrases
 
 
 def to_address(at: VirtualAddress, text: str, *, source: str = "", device: str = "") -> str:
-    """The matches of a rule for one VIP and port, with a comment; `source` and `device` are further ones."""
+    """The matches of a rule for one VIP and port, with a comment; `source` and `device` are further ones (or "")."""
     protocol = PROTOCOLS[at.protocol]
-    matches = (source, f"-d {single(at.address)}", device, f"-p {protocol}", comment(text), f"-m {protocol}")
-    return " ".join(filter(None, matches)) + f" --dport {at.port}"
+    head = f"{source}{' ' * bool(source)}-d {single(at.address)} {device}{' ' * bool(device)}"
+    return f'{head}-p {protocol} -m comment --comment "{text}" -m {protocol} --dport {at.port}'
 
 
 def single(address: bytes) -> str:
@@ -155,23 +158,28 @@ def reject(address: bytes) -> str:
     return "REJECT --reject-with " + ("icmp-port-unreachable" if len(address) == 4 else "icmp6-port-unreachable")
 
 
-def shares(form: Form, reals: Sequence[RealServer]) -> list[str]:
+def shares(form: Form, reals: Sequence[RealServer]) -> Sequence[str]:
     """How each of the rules in a row takes its part of what the ones before have left; the last takes the rest.
 
     With equal weights that is 1/3, 1/2, 1. Weights are written in the comment, since no probability tells them back; a
     rule of probability 0 keeps a server of weight 0 with its Service.
     """
-    equal = all(real.weight == 1 for real in reals)
-    digits = 5 if form.classic and equal else 10
-    left = sum(real.weight for real in reals)
+    return _shares(form.classic, tuple([real.weight for real in reals]))
+
+
+@lru_cache(4096)
+def _shares(classic: bool, weights: tuple[int, ...]) -> tuple[str, ...]:
+    equal = all(weight == 1 for weight in weights)
+    digits = 5 if classic and equal else 10
+    left = sum(weights)
     texts = []
-    for real in reals:
-        last = left == real.weight and real.weight
-        texts.append("" if last else " " + probability(real.weight / left if left else 0.0, digits))
-        left -= real.weight
+    for weight in weights:
+        last = left == weight and weight
+        texts.append("" if last else " " + probability(weight / left if left else 0.0, digits))
+        left -= weight
         if last:
             left = 0
-    return texts
+    return tuple(texts)
 
 
 @lru_cache(4096)

@@ -227,7 +227,7 @@ def test_every_state_of_a_service_follows_every_other(
         for now in (True, False):
             part = [(where, one) for where, one in changes if (where[:3] in first) is now]
             script = books.compose(part)
-            assert all(set(blamed) <= {where for where, _ in part} for blamed in script.blame.values())
+            assert all(set(blamed) <= {where for where, _ in part} for _, _, blamed in script.blame)
             kernel.restore(script.lines)
             books.apply(script)
             seen = Books.read(form, Family.IPV4, kernel.tables)
