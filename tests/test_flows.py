@@ -202,6 +202,6 @@ def test_cluster_ips_in_every_family_and_protocol(mode: str, tmp_path: Path) -> 
     play(mode, cluster_ip_cases(), tmp_path)
 
 
-@pytest.mark.parametrize("mode", [NFTABLES])
+@pytest.mark.parametrize("mode", [NFTABLES, IPTABLES])
 def test_external_addresses_in_every_family_and_protocol(mode: str, tmp_path: Path) -> None:
     play(mode, external_cases(), tmp_path)
