@@ -17,7 +17,8 @@ TABLE = """
 7   agent
 6   netlink_ipvs nft_tables iptables_restore manifest_files reconciler testing
 5   ipvs_guard nft_chains nft_skeleton iptables_books run_iptables configuration show_text
-4   backend netlink_node nft_layout ipvsadm_text ipvs_proc_text netlink_nftables manifest_content iptables_reading
+4   backend netlink_node nft_layout ipvsadm_text ipvs_proc_text netlink_nftables manifest_content
+4   iptables_reading iptables_script
 3   ipvs_messages nftables_messages iptables_chains iptables_save
 3   netlink_route kubernetes_objects manifest_text demo_stage
 2   desired plan drain netlink_socket nft_clients iptables_text
