@@ -79,6 +79,13 @@ class CaseAgent:
 
     def program(self, case: Case) -> Programmed:
         """Make the kernel hold what the case's objects say; NotProgrammed when it cannot be had."""
+        try:
+            return self._program(case)
+        except BaseException:
+            self.close()  # the next case finds an agent that starts
+            raise
+
+    def _program(self, case: Case) -> Programmed:
         self._write(case)
         settings = self.configuration(case)
         with contextlib.closing(NodeAddresses()) as node:
