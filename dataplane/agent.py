@@ -100,6 +100,10 @@ class Agent:
         self._told: set[Problem] = set()
         self._last: SyncReport | None = None
         self._last_error = ""
+        self._flows_retry_at: float | None = None
+        self._flows_error = ""
+        self._flows_backoff = BACKOFF_LEAST
+        self._flows_deleted = 0
         self._started = time.time()
         self._synced_at = 0.0
 
@@ -142,6 +146,7 @@ class Agent:
         reconciler.observe()
         reconciler.keep_unexplained(input_is_whole=not self._source.problems)
         self._report(reconciler.sync("start"))
+        self._clean_flows()
         give_memory_back()
         gc.collect()
         gc.freeze()  # what is there now mostly stays; looking through it again and again costs tens of milliseconds
@@ -174,11 +179,12 @@ class Agent:
                     self._report(drained)
             except (DataplaneError, OSError) as error:
                 self._fail(error)
+            self._clean_flows()
 
     async def _sleep(self, until: float) -> None:
         """Until something happens or something is due."""
         due = [until]
-        due += [moment for moment in (self._disturbed_at, self._retry_at) if moment is not None]
+        due += [moment for moment in (self._disturbed_at, self._retry_at, self._flows_retry_at) if moment is not None]
         if self._reconciler.drains.deadlines:
             due.append(time.monotonic() + self._options.drain_poll_seconds)
         if not (self._updates or self._reload or self._renumbered or self._stop.is_set()):
@@ -242,6 +248,26 @@ class Agent:
             self._renumbered = True
             self._wake.set()
 
+    def _clean_flows(self) -> None:
+        """UDP clients leave real servers that are gone; what cannot be done now is tried again, and stops nothing."""
+        if self._flows_retry_at is not None and time.monotonic() < self._flows_retry_at:
+            return
+        started = time.perf_counter()
+        try:
+            swept = self._reconciler.clean_flows()
+        except (DataplaneError, OSError) as error:
+            self._flows_retry_at = time.monotonic() + self._flows_backoff
+            self._flows_backoff = min(self._flows_backoff * 2, BACKOFF_MOST)
+            if str(error) != self._flows_error:
+                self._log.warning("conntrack", result="failed", error=printable(str(error)))
+            self._flows_error = str(error)
+            return
+        self._flows_retry_at, self._flows_backoff, self._flows_error = None, BACKOFF_LEAST, ""
+        if swept is not None and swept.deleted:
+            self._flows_deleted += swept.deleted
+            took = (time.perf_counter() - started) * 1000
+            self._log.info("conntrack", deleted=swept.deleted, read=swept.read, milliseconds=round(took, 3))
+
     # -------------------------------------------------------------------------------------------------------- telling
 
     def _report(self, report: SyncReport) -> None:
@@ -295,6 +321,7 @@ class Agent:
             "keptForFaultyInput": len(reconciler.unexplained),
             "failing": [f"{at}: {error}" for at, error in sorted(reconciler.failing.items())],
             "problems": [str(problem) for problem in sorted(self._told)],
+            "conntrack": {"deleted": self._flows_deleted, "lastError": self._flows_error},
         }
 
     async def _answer(self, _: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
