@@ -25,6 +25,7 @@ from msgspec import Struct
 
 from .desired import Rules
 from .errors import AgentUnreachable, DataplaneError
+from .health_responder import HealthResponder
 from .model import Problem, Update, VirtualAddress
 from .printable import printable
 from .reconciler import Reconciler, SyncReport
@@ -100,6 +101,7 @@ class Agent:
         self._told: set[Problem] = set()
         self._last: SyncReport | None = None
         self._last_error = ""
+        self._health = HealthResponder(log, self._is_healthy)
         self._flows_retry_at: float | None = None
         self._flows_error = ""
         self._flows_backoff = BACKOFF_LEAST
@@ -120,6 +122,7 @@ class Agent:
             reader = asyncio.create_task(self._read_source())
             try:
                 self._begin()
+                await self._follow_health_checks()
                 watched = dict.fromkeys(self._reconciler.backend.monitors(), self._kernel_spoke)
                 if self._node is not None:
                     watched[self._node.fileno()] = self._node_spoke
@@ -133,6 +136,7 @@ class Agent:
                 with contextlib.suppress(asyncio.CancelledError, Exception):
                     await reader
                 server.close()
+                await self._health.close()
         self._log.info("stopped", mode=self._reconciler.backend.mode, kernel="left as it is")
 
     def _begin(self) -> None:
@@ -180,11 +184,17 @@ class Agent:
             except (DataplaneError, OSError) as error:
                 self._fail(error)
             self._clean_flows()
+            await self._follow_health_checks()
+
+    async def _follow_health_checks(self) -> None:
+        desired = self._reconciler.desired
+        await self._health.follow(desired.health_checks, desired.rules)
 
     async def _sleep(self, until: float) -> None:
         """Until something happens or something is due."""
         due = [until]
-        due += [moment for moment in (self._disturbed_at, self._retry_at, self._flows_retry_at) if moment is not None]
+        own = (self._disturbed_at, self._retry_at, self._flows_retry_at, self._health.retry_at)
+        due += [moment for moment in own if moment is not None]
         if self._reconciler.drains.deadlines:
             due.append(time.monotonic() + self._options.drain_poll_seconds)
         if not (self._updates or self._reload or self._renumbered or self._stop.is_set()):
@@ -301,10 +311,14 @@ class Agent:
             self._log.info("input mended", problem=printable(str(problem), 500))
         self._told = standing
 
+    def _is_healthy(self) -> bool:
+        return not (self._last_error or self._reconciler.failing or self._reconciler.held_back)
+
     def status(self) -> dict[str, Any]:
         """What `dataplane status` shows. Times in seconds since the epoch."""
         reconciler = self._reconciler
         last = self._last
+        internal, external = reconciler.desired.no_local_endpoints()
         return {
             "schemaVersion": 1,
             "pid": os.getpid(),
@@ -313,7 +327,7 @@ class Agent:
             "lastSyncAt": self._synced_at,
             "lastSync": sync_fields(last, reconciler.backend.mode) if last else None,
             "lastError": self._last_error,
-            "healthy": not (self._last_error or reconciler.failing or reconciler.held_back),
+            "healthy": self._is_healthy(),
             "virtualServers": len(reconciler.held.servers),
             "wantedVirtualServers": len(reconciler.desired.servers),
             "draining": len(reconciler.drains.deadlines),
@@ -321,6 +335,8 @@ class Agent:
             "keptForFaultyInput": len(reconciler.unexplained),
             "failing": [f"{at}: {error}" for at, error in sorted(reconciler.failing.items())],
             "problems": [str(problem) for problem in sorted(self._told)],
+            "noLocalEndpoints": {"internal": internal, "external": external},
+            "healthChecks": self._health.status(),
             "conntrack": {"deleted": self._flows_deleted, "lastError": self._flows_error},
         }
 
