@@ -25,6 +25,7 @@ from msgspec import Struct
 
 from .desired import Rules
 from .errors import AgentUnreachable, DataplaneError
+from .health_responder import HealthResponder
 from .model import Problem, Update, VirtualAddress
 from .printable import printable
 from .reconciler import Reconciler, SyncReport
@@ -100,6 +101,11 @@ class Agent:
         self._told: set[Problem] = set()
         self._last: SyncReport | None = None
         self._last_error = ""
+        self._health = HealthResponder(log, self._is_healthy)
+        self._flows_retry_at: float | None = None
+        self._flows_error = ""
+        self._flows_backoff = BACKOFF_LEAST
+        self._flows_deleted = 0
         self._started = time.time()
         self._synced_at = 0.0
 
@@ -116,6 +122,7 @@ class Agent:
             reader = asyncio.create_task(self._read_source())
             try:
                 self._begin()
+                await self._follow_health_checks()
                 watched = dict.fromkeys(self._reconciler.backend.monitors(), self._kernel_spoke)
                 if self._node is not None:
                     watched[self._node.fileno()] = self._node_spoke
@@ -129,6 +136,7 @@ class Agent:
                 with contextlib.suppress(asyncio.CancelledError, Exception):
                     await reader
                 server.close()
+                await self._health.close()
         self._log.info("stopped", mode=self._reconciler.backend.mode, kernel="left as it is")
 
     def _begin(self) -> None:
@@ -142,6 +150,7 @@ class Agent:
         reconciler.observe()
         reconciler.keep_unexplained(input_is_whole=not self._source.problems)
         self._report(reconciler.sync("start"))
+        self._clean_flows()
         give_memory_back()
         gc.collect()
         gc.freeze()  # what is there now mostly stays; looking through it again and again costs tens of milliseconds
@@ -174,11 +183,18 @@ class Agent:
                     self._report(drained)
             except (DataplaneError, OSError) as error:
                 self._fail(error)
+            self._clean_flows()
+            await self._follow_health_checks()
+
+    async def _follow_health_checks(self) -> None:
+        desired = self._reconciler.desired
+        await self._health.follow(desired.health_checks, desired.rules)
 
     async def _sleep(self, until: float) -> None:
         """Until something happens or something is due."""
         due = [until]
-        due += [moment for moment in (self._disturbed_at, self._retry_at) if moment is not None]
+        own = (self._disturbed_at, self._retry_at, self._flows_retry_at, self._health.retry_at)
+        due += [moment for moment in own if moment is not None]
         if self._reconciler.drains.deadlines:
             due.append(time.monotonic() + self._options.drain_poll_seconds)
         if not (self._updates or self._reload or self._renumbered or self._stop.is_set()):
@@ -242,6 +258,26 @@ class Agent:
             self._renumbered = True
             self._wake.set()
 
+    def _clean_flows(self) -> None:
+        """UDP clients leave real servers that are gone; what cannot be done now is tried again, and stops nothing."""
+        if self._flows_retry_at is not None and time.monotonic() < self._flows_retry_at:
+            return
+        started = time.perf_counter()
+        try:
+            swept = self._reconciler.clean_flows()
+        except (DataplaneError, OSError) as error:
+            self._flows_retry_at = time.monotonic() + self._flows_backoff
+            self._flows_backoff = min(self._flows_backoff * 2, BACKOFF_MOST)
+            if str(error) != self._flows_error:
+                self._log.warning("conntrack", result="failed", error=printable(str(error)))
+            self._flows_error = str(error)
+            return
+        self._flows_retry_at, self._flows_backoff, self._flows_error = None, BACKOFF_LEAST, ""
+        if swept is not None and swept.deleted:
+            self._flows_deleted += swept.deleted
+            took = (time.perf_counter() - started) * 1000
+            self._log.info("conntrack", deleted=swept.deleted, read=swept.read, milliseconds=round(took, 3))
+
     # -------------------------------------------------------------------------------------------------------- telling
 
     def _report(self, report: SyncReport) -> None:
@@ -275,10 +311,14 @@ class Agent:
             self._log.info("input mended", problem=printable(str(problem), 500))
         self._told = standing
 
+    def _is_healthy(self) -> bool:
+        return not (self._last_error or self._reconciler.failing or self._reconciler.held_back)
+
     def status(self) -> dict[str, Any]:
         """What `dataplane status` shows. Times in seconds since the epoch."""
         reconciler = self._reconciler
         last = self._last
+        internal, external = reconciler.desired.no_local_endpoints()
         return {
             "schemaVersion": 1,
             "pid": os.getpid(),
@@ -287,7 +327,7 @@ class Agent:
             "lastSyncAt": self._synced_at,
             "lastSync": sync_fields(last, reconciler.backend.mode) if last else None,
             "lastError": self._last_error,
-            "healthy": not (self._last_error or reconciler.failing or reconciler.held_back),
+            "healthy": self._is_healthy(),
             "virtualServers": len(reconciler.held.servers),
             "wantedVirtualServers": len(reconciler.desired.servers),
             "draining": len(reconciler.drains.deadlines),
@@ -295,6 +335,9 @@ class Agent:
             "keptForFaultyInput": len(reconciler.unexplained),
             "failing": [f"{at}: {error}" for at, error in sorted(reconciler.failing.items())],
             "problems": [str(problem) for problem in sorted(self._told)],
+            "noLocalEndpoints": {"internal": internal, "external": external},
+            "healthChecks": self._health.status(),
+            "conntrack": {"deleted": self._flows_deleted, "lastError": self._flows_error},
         }
 
     async def _answer(self, _: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -119,6 +119,10 @@ def proxied(service: Service) -> bool:
     return not (service.other_proxy or service.headless or service.type is ServiceType.EXTERNAL_NAME)
 
 
+def _label(name: ObjectName, port: ServicePort) -> str:
+    return str(ServicePortName(name.namespace, name.name, port.name))
+
+
 def _cluster_ip_server(
     service: Service, port: ServicePort, vip: Address, chosen: Chosen, rules: Rules
 ) -> VirtualServer:
@@ -133,7 +137,7 @@ def _cluster_ip_server(
         Masquerade.DETECT,
         NoServers.DROP if chosen.anywhere and not reals else NoServers.REJECT,
         True,
-        str(ServicePortName(*service.name, port.name)),
+        _label(service.name, port),
     )
 
 
@@ -160,7 +164,7 @@ def _external_servers(
             Masquerade.NODE if service.external_local else Masquerade.ALWAYS,
             NoServers.DROP if chosen.anywhere and not reals else NoServers.REJECT,
             False,
-            str(ServicePortName(*service.name, port.name)),
+            _label(service.name, port),
             kind,
             allowed if kind is Kind.LOAD_BALANCER else (),
         )
@@ -243,6 +247,11 @@ def _join(view: ServiceView, port: ServicePort, family: Family) -> dict[tuple[Ad
                 if key not in joined or not endpoint.terminating:
                     joined[key] = endpoint
     return joined
+
+
+def serving(view: ServiceView, port: ServicePort, family: Family) -> set[tuple[Address, int]]:
+    """Endpoints of a service port that still answer, by whatever policy or hint new clients are kept from them."""
+    return {key for key, endpoint in _join(view, port, family).items() if endpoint.serving}
 
 
 def _topology(ready: list[Joined], rules: Rules) -> list[Joined]:
@@ -348,6 +357,20 @@ class Desired:
     def drain_seconds(self, at: VirtualAddress) -> int:
         """How long real servers of this virtual address may drain; a Service that is gone leaves the default."""
         return self._drains.get(at, self.rules.drain_seconds)
+
+    def serving(self, at: VirtualAddress) -> set[tuple[Address, int]]:
+        """The endpoints that still answer of the Service that has a virtual address, whatever its policies are."""
+        server = self.servers.get(at)
+        if server is None:
+            return set()
+        owner = self._claims[at][0]
+        view = self._views[owner]
+        return {
+            place
+            for port in (view.service.ports if view.service else ())
+            if port.protocol == at.protocol and _label(owner, port) == server.label
+            for place in serving(view, port, family_of(at.address))
+        }
 
     def renew(self, rules: Rules) -> set[VirtualAddress]:
         """Go by other rules from now on (a node address came or went, another zone); what may have changed by it."""

@@ -160,9 +160,9 @@ def status(config_file: str | None, output: str, **_given: Any) -> int:
 def _told(value: object) -> list[str]:
     match value:
         case dict():
-            return [", ".join(f"{key} {each}" for key, each in value.items())]
+            return [", ".join(f"{key} {_told(each)[0]}" for key, each in value.items())]
         case list():
-            return ["; ".join(map(str, value)) or "none"]
+            return ["; ".join(_told(each)[0] for each in value) or "none"]
         case bool():
             return ["yes" if value else "no"]
         case float() if value > 1e9:

@@ -250,11 +250,12 @@ class SettledNode:
 
 def make_reconciler(settings: "Configuration", backend: "Backend") -> "Reconciler":
     """The reconciler of these settings, on this node with the addresses it has now."""
+    from ..netlink_conntrack import Conntrack
     from ..reconciler import Reconciler
 
     with contextlib.closing(SettledNode(settings)) as node:
         rules = node.rules()
-    return Reconciler(backend, rules, allow_mass_delete=settings.allow_mass_delete)
+    return Reconciler(backend, rules, allow_mass_delete=settings.allow_mass_delete, flow_table=Conntrack())
 
 
 def emit(value: object, output: str) -> None:

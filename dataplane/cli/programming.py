@@ -119,6 +119,7 @@ def apply(config_file: str | None, output: str, dry_run: bool, **given: Any) -> 
             report = reconciler.sync("apply", only)
             # what is only kept must not begin to drain because one of its real servers does
             drained = reconciler.draining_pass() if only is None else None
+            flows_error = _clean_flows(reconciler)
     finally:
         backend.close()
     kept = 0 if only is None else _kept(reconciler)
@@ -146,9 +147,25 @@ def apply(config_file: str | None, output: str, dry_run: bool, **given: Any) -> 
     say_problems(problems)
     for error in failed:
         say(str(error))
+    if flows_error:
+        say(f"UDP clients may be stuck to real servers that are gone: {flows_error}")
     _say_kept(kept)
     incomplete = _say_withheld(report.blocked, report.held_back)
-    return FAILED if failed or incomplete else BAD_INPUT if problems else 0
+    return FAILED if failed or incomplete or flows_error else BAD_INPUT if problems else 0
+
+
+def _clean_flows(reconciler: "Reconciler") -> str:
+    """Delete conntrack entries that lead UDP clients to what is gone; why that failed, or ""."""
+    from ..errors import DataplaneError
+    from ..printable import printable
+
+    try:
+        swept = reconciler.clean_flows()
+    except (DataplaneError, OSError) as error:
+        return printable(str(error))
+    if swept is not None and swept.deleted:
+        say(f"{swept.deleted} conntrack entries of UDP clients led to what is gone: deleted")
+    return ""
 
 
 def _kept(reconciler: "Reconciler") -> int:
