@@ -24,10 +24,10 @@ from . import nftables_messages as nft
 from .backend import Options, Outcome, RealCounters, ServerReport, Transaction
 from .drain import DrainKey
 from .errors import KernelError, Unanswered
-from .ipvs_guard import GuardOptions
 from .model import Address, VirtualAddress, VirtualServer, format_address
 from .netlink_socket import HEADER, NETLINK_NETFILTER, NLM_F_ECHO, NetlinkSocket
 from .nft_chains import chain_of, needed
+from .nft_clients import Clients
 from .nft_layout import NOTHING, TABLE, Difference, Entry, Target
 from .nft_skeleton import StaticTable, render
 from .nlattr import u32_bytes
@@ -92,7 +92,7 @@ class NftablesBackend:
     drains = False
 
     def __init__(self, options: Options) -> None:
-        rules = GuardOptions(options.masquerade_all, options.cluster_cidrs).rules()
+        rules = Clients(options.masquerade_all, options.cluster_cidrs).rules()
         self._sock = NetlinkSocket(NETLINK_NETFILTER)
         self._text = render(_TEXT.read_text(), rules)
         self._table = StaticTable(self._sock, TABLE, self._text, lambda name: chain_of(name) is not None)
