@@ -9,7 +9,7 @@ sort numerically and cost a third of an `ipaddress` object.
 """
 
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from enum import Enum, IntEnum
 from typing import NamedTuple, NewType
 
@@ -102,6 +102,15 @@ def parse_network(text: str) -> Network:
     shift = width - prefix
     masked = (int.from_bytes(address) >> shift << shift).to_bytes(len(address))
     return Network(Address(masked), prefix)
+
+
+def between(first: bytes, last: bytes) -> Iterator[Network]:
+    """The ranges that hold the addresses from `first` to `last`; one range where it came from one."""
+    width, low, high = 8 * len(first), int.from_bytes(first), int.from_bytes(last)
+    while low <= high:
+        span = min((low & -low).bit_length() - 1 if low else width, (high - low + 1).bit_length() - 1)
+        yield Network(Address(low.to_bytes(len(first))), width - span)
+        low += 1 << span
 
 
 def disjoint(networks: Iterable[Network]) -> tuple[Network, ...]:
