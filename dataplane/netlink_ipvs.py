@@ -26,7 +26,7 @@ from . import ipvs_proc_text, ipvsadm_text
 from .backend import Options, Outcome, RealCounters, ServerReport, Transaction
 from .drain import DrainKey
 from .errors import KernelError, NotRoot, PreflightError, ToolError
-from .ipvs_guard import TABLE, Elements, Guard, GuardOptions, owner_comment
+from .ipvs_guard import TABLE, Elements, Guard, owner_comment
 from .ipvs_messages import (
     COMMAND_NAMES,
     DATA,
@@ -63,6 +63,7 @@ from .netlink_socket import (
     kernel_error,
     resolve_family,
 )
+from .nft_clients import Clients
 from .nftables_messages import INET
 from .plan import Change as ServerChange
 from .plan import Plan, State
@@ -169,10 +170,11 @@ class IpvsBackend:
 
     def __init__(self, options: Options) -> None:
         self._options = options
+        clients = Clients(options.masquerade_all, options.cluster_cidrs)
         self._route = NetlinkSocket(NETLINK_ROUTE)
         self._netfilter = NetlinkSocket(NETLINK_NETFILTER)
         self._genl = NetlinkSocket(NETLINK_GENERIC)
-        self._guard = Guard(self._netfilter, GuardOptions(options.masquerade_all, options.cluster_cidrs))
+        self._guard = Guard(self._netfilter, clients)
         self._vips: VipBinding = VipRoutes(self._route) if options.vip_binding == "routes" else VipDevice(self._route)
         self._monitors: tuple[NetlinkSocket, NetlinkSocket] | None = None
         self._ledger_lost = False

@@ -7,11 +7,12 @@ import threading
 from collections.abc import Callable, Iterator
 
 from ..errors import KernelError, PreflightError, ToolError
-from ..ipvs_guard import Guard, GuardOptions
+from ..ipvs_guard import Guard
 from ..ipvs_messages import FAMILY_NAME, Encoder
 from ..model import Address, Protocol, RealServer, VirtualAddress, VirtualServer, format_address, parse_address
 from ..netlink_route import DEVICE, VipDevice
 from ..netlink_socket import NETLINK_GENERIC, NETLINK_NETFILTER, NETLINK_ROUTE, NetlinkSocket, resolve_family
+from ..nft_clients import Clients
 from ..procfs_sysctl import read
 from ..run_tool import run_tool
 from .check import KERNEL_FIX, Check, Status, safely
@@ -123,7 +124,7 @@ def try_ipvs() -> Iterator[Check]:
 def try_guard() -> Iterator[Check]:
     version = run_tool(["nft", "--version"]).split()[1:2]
     with NetlinkSocket(NETLINK_NETFILTER) as sock:
-        guard = Guard(sock, GuardOptions(masquerade_all=True))
+        guard = Guard(sock, Clients(masquerade_all=True))
         try:
             guard.ensure()
         except ToolError as error:
