@@ -59,6 +59,11 @@ class Kernel:
         self.backend = FakeBackend()
         self.opened: list[tuple[str, Options]] = []
         self.locked = False
+        self.others: dict[str, FakeBackend] = {}
+        """What other modes hold."""
+
+    def open_leftover(self, mode: str, options: Options | None = None) -> FakeBackend:
+        return self.others.get(mode, FakeBackend())
 
     def open(self, mode: str, options: Options | None = None) -> FakeBackend:
         self.opened.append((mode, options or Options()))
@@ -75,6 +80,7 @@ class Kernel:
 def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
     made = Kernel()
     monkeypatch.setattr(dataplane.backend, "open_backend", made.open)
+    monkeypatch.setattr(dataplane.backend, "open_leftover", made.open_leftover)
     monkeypatch.setattr(dataplane.agent, "agent_lock", made.lock)
     monkeypatch.setattr(dataplane.cli.options, "has_net_admin", lambda: True)
     monkeypatch.delenv("DATAPLANE_MODE", raising=False)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ..backend import Backend
     from ..configuration import Configuration
     from ..manifest_files import ManifestFiles
+    from ..mode_switch import ModeSwitch, Tell
     from ..reconciler import Reconciler
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -197,6 +198,21 @@ def make_reconciler(settings: "Configuration", backend: "Backend") -> "Reconcile
     from ..reconciler import Reconciler
 
     return Reconciler(backend, settings.rules(), allow_mass_delete=settings.allow_mass_delete)
+
+
+def open_switch(settings: "Configuration", reconciler: "Reconciler", tell: "Tell") -> "ModeSwitch":
+    """What lets go of the other modes, which an earlier agent may have left here."""
+    from .. import backend
+    from ..mode_switch import ModeSwitch
+
+    return ModeSwitch(
+        reconciler,
+        [mode for mode in backend.MODES if mode != settings.mode],
+        lambda mode: backend.open_leftover(mode, settings.options()),
+        tell,
+        drain_seconds=settings.drain_seconds,
+        allow_mass_delete=settings.allow_mass_delete,
+    )
 
 
 def emit(value: object, output: str) -> None:

@@ -17,6 +17,7 @@ from .options import (
     make_reconciler,
     open_kernel,
     open_source,
+    open_switch,
     output_option,
     say,
     say_problems,
@@ -66,8 +67,16 @@ def run(ctx: click.Context, /, config_file: str | None, **given: Any) -> None:
     try:
         if source.notice:
             log.warning("slow input", notice=source.notice)
-        agent = Agent(reconciler, source, AgentOptions(resync_seconds=settings.resync_seconds), log)
-        asyncio.run(agent.run())
+
+        def tell(step: str, *, warning: bool = False, **fields: object) -> None:
+            (log.warning if warning else log.info)("switch", step=step, **fields)
+
+        switch = open_switch(settings, reconciler, tell)
+        agent = Agent(reconciler, source, AgentOptions(resync_seconds=settings.resync_seconds), log, switch)
+        try:
+            asyncio.run(agent.run())
+        finally:
+            switch.close()
     finally:
         backend.close()
 
@@ -110,12 +119,16 @@ def apply(config_file: str | None, output: str, dry_run: bool, **given: Any) -> 
     try:
         with agent_lock():
             reconciler = make_reconciler(settings, backend)
+            switch = open_switch(settings, reconciler, _say_step)
             only = _keeps(source.read(), reconciler, settings)
-            backend.prepare()
+            backend.prepare(switch.look())
             reconciler.observe()
             report = reconciler.sync("apply", only)
             # what is only kept must not begin to drain because one of its real servers does
             drained = reconciler.draining_pass() if only is None else None
+            switch.step(input_is_whole=not source.problems)
+            leaving, stuck = list(map(str, switch.leaving)), switch.stuck
+            switch.close()
     finally:
         backend.close()
     kept = 0 if only is None else _kept(reconciler)
@@ -132,7 +145,8 @@ def apply(config_file: str | None, output: str, dry_run: bool, **given: Any) -> 
         fields = {**sync_fields(report, backend.mode), "deletes": deletes, "failed": list(map(str, failed))}
         fields |= {"blocked": list(map(str, report.blocked)), "heldBack": report.held_back}
         fields.pop("held_back", None)
-        fields |= {"draining": draining, "kept": kept, "problems": problem_documents(problems)}
+        fields |= {"draining": draining, "kept": kept, "leavingModes": leaving}
+        fields |= {"problems": problem_documents(problems)}
         emit({"schemaVersion": SCHEMA_VERSION, **fields}, output)
     if draining:
         say(
@@ -140,12 +154,19 @@ def apply(config_file: str | None, output: str, dry_run: bool, **given: Any) -> 
             if draining == 1
             else f"{draining} real servers drain; they go when you run apply again or an agent runs"
         )
+    for each in leaving:
+        say(f"of another mode is still here: {each}; it goes when you run apply again or an agent runs")
     say_problems(problems)
     for error in failed:
         say(str(error))
     _say_kept(kept)
-    incomplete = _say_withheld(report.blocked, report.held_back)
+    incomplete = _say_withheld(report.blocked, report.held_back) or stuck
     return FAILED if failed or incomplete else BAD_INPUT if problems else 0
+
+
+def _say_step(step: str, *, warning: bool = False, **fields: object) -> None:
+    """Tell a step of a switch of modes."""
+    say(" ".join([f"switch: {step}", *(f"{name.replace('_', ' ')} {value}" for name, value in fields.items())]))
 
 
 def _kept(reconciler: "Reconciler") -> int:
