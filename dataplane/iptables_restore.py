@@ -47,6 +47,9 @@ CULPRITS = 32
 LOOK_SECONDS = 0.1
 """A look that `intact` took serves the `observe` right behind it."""
 
+SCHEDULER = "random"
+"""What `statistic --mode random` does, for people."""
+
 SYSCTLS = (WantedSysctl("net.ipv4.ip_forward", 1, "packets to a VIP leave for real servers on other machines"),)
 _NOTE = re.compile(r'^-m comment --comment "([a-z0-9_.]+) was (\d+)"$')
 _LINE = re.compile(r"(?:occurred at line: |line )(\d+)\b")
@@ -235,9 +238,9 @@ class IptablesBackend:
                     (real, RealCounters(0, 0, hits.get(chain_name("SEP", f"{held.seed}{real}"), 0)))
                     for real in held.server.real_servers
                 )
-                yield ServerReport(
-                    held.server, 0, sum(counters.connections for _, counters in rows), rows, at in books.held
-                )
+                chosen = held.server.scheduler if held.damaged else SCHEDULER
+                server = msgspec.structs.replace(held.server, scheduler=chosen)
+                yield ServerReport(server, 0, sum(counters.connections for _, counters in rows), rows, at in books.held)
 
     def monitors(self) -> tuple[int, ...]:
         """None: legacy tables tell nobody of changes; the agent's timer looks."""

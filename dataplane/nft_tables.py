@@ -265,7 +265,7 @@ class NftablesBackend:
         return touched
 
     def text(self, language: str) -> str | None:
-        """The table as `nft` lists it, which `nft -f` reads."""
+        """The table as `nft` lists it, which `nft -f` reads (1.0.6 not where IPv6 has affinity: it lacks registers)."""
         if language != "nft":
             return None
         return run_tool(["nft", "list", "table", "inet", TABLE]) if self._table.exists() else ""

@@ -33,9 +33,13 @@ class Tools:
     def flavour(self) -> str:
         """`legacy` or `nft`: which tables of the kernel the programs write."""
         if not self._flavour:
-            version = self._run("-restore", "--version", timeout=10)
-            self._flavour = "nft" if "nf_tables" in version else "legacy"
+            self._flavour = "nft" if "nf_tables" in self.version else "legacy"
         return self._flavour
+
+    @property
+    def version(self) -> str:
+        """As the program tells it: `iptables v1.8.9 (nf_tables)`."""
+        return self._run("-restore", "--version", timeout=10).strip()
 
     @property
     def command(self) -> str:

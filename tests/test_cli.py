@@ -144,6 +144,9 @@ def test_version(arguments: list[str]) -> None:
         (["apply", "-f", "FILE", "--drain-seconds", "-1"], 2, "drain-seconds"),
         (["show", "-o", "ipvsadm", "default/x"], 2, "leave out the names"),
         (["show", "-o", "ipvsadm"], 2, "is for --mode ipvs"),
+        (["show", "-o", "nft", "default/x"], 2, "leave out the names"),
+        (["show", "-o", "iptables"], 2, "-o iptables is not for --mode fake"),
+        (["cleanup", "--all", "--mode", "ipvs"], 2, "--all is every mode, --mode one of them"),
     ],
 )
 def test_what_is_wrong_is_said_in_a_line(

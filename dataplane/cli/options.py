@@ -202,17 +202,30 @@ def make_reconciler(settings: "Configuration", backend: "Backend") -> "Reconcile
 
 def open_switch(settings: "Configuration", reconciler: "Reconciler", tell: "Tell") -> "ModeSwitch":
     """What lets go of the other modes, which an earlier agent may have left here."""
-    from .. import backend
     from ..mode_switch import ModeSwitch
 
     return ModeSwitch(
         reconciler,
-        [mode for mode in backend.MODES if mode != settings.mode],
-        lambda mode: backend.open_leftover(mode, settings.options()),
+        *_openers(settings),
         tell,
         drain_seconds=settings.drain_seconds,
         allow_mass_delete=settings.allow_mass_delete,
     )
+
+
+def other_modes(settings: "Configuration") -> "list[Backend]":
+    """The backends, open, of other modes that hold something here."""
+    from ..mode_switch import leftovers
+
+    return leftovers(*_openers(settings))
+
+
+def _openers(settings: "Configuration") -> "tuple[list[str], Callable[[str], Backend]]":
+    """The other modes, and how one is opened as it was left here."""
+    from .. import backend
+
+    others = [mode for mode in backend.MODES if mode != settings.mode]
+    return others, lambda mode: backend.open_leftover(mode, settings.options())
 
 
 def emit(value: object, output: str) -> None:

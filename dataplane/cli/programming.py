@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..errors import PreflightError
 from .options import (
     BAD_INPUT,
     DIFFERS,
@@ -18,6 +19,7 @@ from .options import (
     open_kernel,
     open_source,
     open_switch,
+    other_modes,
     output_option,
     say,
     say_problems,
@@ -212,6 +214,19 @@ def diff(config_file: str | None, output: str, **given: Any) -> int:
     return _diff(settle(config_file, given), output)
 
 
+def _others(settings: "Configuration") -> dict[str, int]:
+    """Other modes that are here, with their virtual servers; apply would let them go."""
+    found = {}
+    for backend in other_modes(settings):
+        try:
+            found[backend.mode] = len(backend.observe().servers)
+        except PreflightError:
+            found[backend.mode] = 0  # the kernel has lost the mechanism itself
+        finally:
+            backend.close()
+    return found
+
+
 def _diff(settings: "Configuration", output: str) -> int:
     from ..show_text import (
         SCHEMA_VERSION,
@@ -230,11 +245,12 @@ def _diff(settings: "Configuration", output: str) -> int:
         reconciler.observe()
         plan = reconciler.plan(only)
         text = str(backend.compile(plan)) if plan else ""
+        others = _others(settings)
     finally:
         backend.close()
     problems = (*source.problems, *reconciler.problems)
     held_back = len(reconciler.held_back)
-    in_sync = not (plan or plan.blocked or held_back)
+    in_sync = not (plan or plan.blocked or held_back or others)
     kept = 0 if only is None else _kept(reconciler)
     if output == "table":
         held = reconciler.held.servers.values()
@@ -244,6 +260,8 @@ def _diff(settings: "Configuration", output: str) -> int:
             else f"in sync: {plural(len(held), 'virtual server')}, "
             f"{plural(sum(len(server.real_servers) for server in held), 'real server')}"
         )
+        for mode, count in others.items():
+            click.echo(f"{mode} mode goes, when {backend.mode} mode holds all this: {plural(count, 'virtual server')}")
         click.echo(transaction_text(text, colour=colours()), nl=False)
     else:
         adds, sets, deletes = plan.counts()
@@ -257,6 +275,7 @@ def _diff(settings: "Configuration", output: str) -> int:
                 "deletes": deletes,
                 "objects": plan_objects(plan),
                 "blocked": list(map(str, plan.blocked)),
+                "otherModes": [{"mode": mode, "virtualServers": count} for mode, count in others.items()],
                 "heldBack": held_back,
                 "kept": kept,
                 "transaction": text,
