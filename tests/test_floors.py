@@ -18,7 +18,7 @@ TABLE = """
 6   netlink_ipvs nft_tables iptables_restore manifest_files reconciler testing
 5   ipvs_guard nft_chains nft_skeleton iptables_books run_iptables configuration show_text
 4   backend nft_layout ipvsadm_text ipvs_proc_text iptables_text netlink_nftables manifest_content
-3   ipvs_messages nftables_messages netlink_route kubernetes_objects manifest_text demo_stage
+3   ipvs_messages nftables_messages netlink_route kubernetes_objects manifest_text
 2   procfs_sockets desired plan drain netlink_socket kubernetes_reading kubernetes_wire kubernetes_fields
 1   model nlattr run_tool journal safe_yaml
 0   errors printable procfs_sysctl stable_file directory_watch
