@@ -6,8 +6,8 @@ bench) holds the `State`. A fourth mode is one file with a `Backend` in it and o
 """
 
 import importlib
-from collections.abc import Collection, Iterator
-from typing import NamedTuple, Protocol
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, NamedTuple, Protocol
 
 from msgspec import Struct
 
@@ -20,7 +20,10 @@ from .plan import Plan, State
 class Options(Struct, frozen=True):
     """What the administrator sets for a mode; the same for all modes where they share the notion.
 
-    `cluster_cidrs`: pod ranges, clients outside them are masqueraded (kube-proxy's detect-local ClusterCIDR).
+    Clients inside the cluster are told by `cluster_cidrs` (pod ranges), `bridge_interface` (behind this bridge) or
+    `interface_prefix` (behind interfaces whose names begin so): kube-proxy's detect-local modes; other clients of
+    cluster IPs are masqueraded. None of them set: nobody is known to be inside but the node itself.
+    `service_cidrs`: where cluster IPs come from; what no Service has of them is dropped (KEP-1880 ServiceCIDRs).
     `vip_binding`: "device" (addresses on kube-ipvs0) or "routes" (local routes, for very many VIPs).
     `timeouts`: IPVS tcp, tcp-fin, udp seconds, 0 = leave. `iptables_compat`: "classic" (the tutorials' text) or
     "current" (kube-proxy's present text). `iptables_tool`: "legacy", "nft", or "" for the host's choice.
@@ -28,11 +31,17 @@ class Options(Struct, frozen=True):
 
     masquerade_all: bool = False
     cluster_cidrs: tuple[Network, ...] = ()
+    bridge_interface: str = ""
+    interface_prefix: str = ""
+    service_cidrs: tuple[Network, ...] = ()
     vip_binding: str = "device"
     strict_arp: bool = False
     timeouts: tuple[int, int, int] = (0, 0, 0)
     iptables_compat: str = "classic"
     iptables_tool: str = ""
+
+
+NO_SETTINGS: Mapping[str, int] = {}
 
 
 class Transaction(Protocol):
@@ -87,11 +96,18 @@ class Backend(Protocol):
     def express(self, server: VirtualServer) -> VirtualServer:
         """The server as this mode can hold it; what it has no way to say takes its default, so that states compare."""
 
-    def prepare(self) -> tuple[str, ...]:
+    def present(self) -> bool:
+        """Whether anything of this mode is here, by its own marker. Cheap, never writes."""
+
+    def prepare(self, before: Mapping[str, int] = NO_SETTINGS) -> tuple[str, ...]:
         """Make what the mode needs (modules, devices, tables, sysctls); writes nothing that is there already.
 
-        Returns what could not be had and does not stop the mode, in words.
+        `before`: sysctls as they were before another mode of ours that is still here; of those that this mode wants too
+        they are noted as if it had found them so. Returns what could not be had and does not stop the mode, in words.
         """
+
+    def settings(self) -> dict[str, int]:
+        """Sysctls as they were before us, as far as they had to change; the kernel keeps these notes."""
 
     def observe(self, only: Collection[VirtualAddress] | None = None) -> State:
         """What the kernel holds of ours; with `only`, as far as those virtual addresses go. Never writes."""
@@ -129,8 +145,14 @@ class Backend(Protocol):
     def disturbed(self) -> bool:
         """Read the monitors: True when somebody else touched what is ours, or events were lost."""
 
-    def remove(self) -> None:
-        """Take away everything of ours, also leftovers of an earlier agent; fine when there is nothing."""
+    def text(self, language: str) -> str | None:
+        """What the kernel holds of ours as input of a tool ("nft", "iptables"); None: not this mode's language."""
+
+    def remove(self, leave: Collection[str] = ()) -> None:
+        """Take away everything of ours, also leftovers of an earlier agent; fine when there is nothing.
+
+        Sysctls are put back, without those named in `leave`, which another mode of ours needs.
+        """
 
     def close(self) -> None:
         """Give descriptors back; the kernel keeps what was programmed."""
@@ -153,10 +175,19 @@ PLANNED: tuple[str, ...] = ()
 
 def open_backend(mode: str, options: Options | None = None) -> Backend:
     """The backend of a mode, in the calling thread's network namespace."""
+    backend: Backend = _module(mode).open_backend(options or Options())
+    return backend
+
+
+def open_leftover(mode: str, options: Options | None = None) -> Backend:
+    """The same for what an earlier agent left: where it bound VIPs and which tools it used is seen, not told."""
+    backend: Backend = _module(mode).open_leftover(options or Options())
+    return backend
+
+
+def _module(mode: str) -> Any:
     if mode not in MODES:
         if mode in PLANNED:
             raise UsageError(f"mode {mode} is not there yet in this version; modes: {', '.join(MODES)}")
         raise UsageError(f"no mode {mode!r}; modes: {', '.join(MODES)}")
-    module = importlib.import_module(MODES[mode].module)
-    backend: Backend = module.open_backend(options or Options())
-    return backend
+    return importlib.import_module(MODES[mode].module)

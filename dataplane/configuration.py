@@ -10,6 +10,7 @@ with its line, not only the first; `schema()` is the JSON Schema of the file for
 """
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -19,7 +20,7 @@ from msgspec import Meta, Struct
 from .backend import MODES, PLANNED, Options
 from .desired import DEFAULT_DRAIN_SECONDS, Rules
 from .errors import InputError, UsageError
-from .model import Problem, parse_network
+from .model import Address, Problem, parse_address, parse_network
 from .printable import printable, shown
 
 API_VERSION: Final = "dataplane/v1alpha1"
@@ -27,6 +28,8 @@ KIND: Final = "AgentConfiguration"
 ALL_MODES = (*MODES, *PLANNED)
 VIP_BINDINGS = ("device", "routes")
 LOG_FORMATS = ("auto", "human", "json")
+PRIMARY = "primary"
+"""nodePortAddresses: the node's main addresses only, kube-proxy's word."""
 DAY = 86400
 MAX_BYTES = 1 << 20
 
@@ -41,7 +44,13 @@ class IpvsTimeouts(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     udp: Seconds = 0
 
 
-_NAMES = {"cluster_cidrs": "clusterCIDRs", "strict_arp": "strictARP"}
+_NAMES = {
+    "cluster_cidrs": "clusterCIDRs",
+    "service_cidrs": "serviceCIDRs",
+    "strict_arp": "strictARP",
+    "node_ips": "nodeIPs",
+    "external_ip_ranges": "externalIPRanges",
+}
 
 
 def _field_name(name: str) -> str:
@@ -74,6 +83,26 @@ class Configuration(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         tuple[str, ...],
         Meta(description="Pod address ranges; clients outside them are masqueraded."),
     ] = ()
+    bridge_interface: Annotated[
+        str, Meta(pattern="^[A-Za-z0-9_.-]{0,15}$", description="Clients behind this bridge are pods.")
+    ] = ""
+    interface_name_prefix: Annotated[
+        str, Meta(pattern="^[A-Za-z0-9_.-]{0,15}$", description="Clients behind interfaces named so are pods.")
+    ] = ""
+    service_cidrs: Annotated[
+        tuple[str, ...], Meta(description="Ranges of cluster IPs; what no Service has of them is dropped.")
+    ] = ()
+    node_ips: Annotated[
+        tuple[str, ...], Meta(description="This node's main addresses; by default its first of each family.")
+    ] = ()
+    node_port_addresses: Annotated[
+        tuple[str, ...],
+        Meta(description="Ranges of node addresses that serve node ports, or `primary`; by default all."),
+    ] = ()
+    external_ip_ranges: Annotated[
+        tuple[str, ...],
+        Meta(description="externalIPs that Services may claim; by default none (CVE-2020-8554)."),
+    ] = ()
     vip_binding: Annotated[
         Literal["device", "routes"],
         Meta(description="VIPs as addresses of kube-ipvs0, or as local routes (for very many)."),
@@ -102,6 +131,9 @@ class Configuration(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         return Options(
             masquerade_all=self.masquerade_all,
             cluster_cidrs=tuple(map(parse_network, self.cluster_cidrs)),
+            bridge_interface=self.bridge_interface,
+            interface_prefix=self.interface_name_prefix,
+            service_cidrs=tuple(map(parse_network, self.service_cidrs)),
             vip_binding=self.vip_binding,
             strict_arp=self.strict_arp,
             timeouts=(timeouts.tcp, timeouts.tcp_fin, timeouts.udp),
@@ -109,13 +141,18 @@ class Configuration(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
             iptables_tool="" if self.iptables_tool == "auto" else self.iptables_tool,
         )
 
-    def rules(self) -> Rules:
-        """The part that turns Services into virtual servers."""
+    def rules(self, node_addresses: tuple[Address, ...] = ()) -> Rules:
+        """The part that turns Services into virtual servers, on a node with these addresses."""
         return Rules(
             node_name=self.node_name or default_node_name(),
             zone=self.zone,
             scheduler=self.scheduler,
             drain_seconds=self.drain_seconds,
+            node_addresses=node_addresses,
+            node_ips=tuple(map(parse_address, self.node_ips)),
+            node_port_ranges=tuple(parse_network(each) for each in self.node_port_addresses if each != PRIMARY),
+            primary_node_ports=PRIMARY in self.node_port_addresses,
+            external_ip_ranges=tuple(map(parse_network, self.external_ip_ranges)),
         )
 
 
@@ -173,6 +210,20 @@ def read_configuration(path: str) -> Configuration:
     return msgspec.structs.replace(settings, manifests=manifests)
 
 
+def _node_port_range(text: str) -> object:
+    return text if text == PRIMARY else parse_network(text)
+
+
+ADDRESS_FIELDS: dict[str, Callable[[str], object]] = {
+    "cluster_cidrs": parse_network,
+    "service_cidrs": parse_network,
+    "external_ip_ranges": parse_network,
+    "node_port_addresses": _node_port_range,
+    "node_ips": parse_address,
+}
+"""Fields that hold addresses, and how one is read."""
+
+
 def _convert(given: dict[str, Any]) -> tuple[Configuration, list[tuple[str, str]]]:
     """The settings, and (field, reason) of each fault."""
     fields = {each.encode_name: each for each in msgspec.structs.fields(Configuration)}
@@ -189,11 +240,14 @@ def _convert(given: dict[str, Any]) -> tuple[Configuration, list[tuple[str, str]
             values[fields[name].name] = msgspec.convert(value, fields[name].type)
         except msgspec.ValidationError as error:
             faults.append(_told(name, str(error), value))
-    for index, cidr in enumerate(values.get("cluster_cidrs", ())):
-        try:
-            parse_network(cidr)
-        except ValueError as error:
-            faults.append((f"clusterCIDRs[{index}]", printable(str(error))))
+    for field, read in ADDRESS_FIELDS.items():
+        for index, text in enumerate(values.get(field, ())):
+            try:
+                read(text)
+            except ValueError as error:
+                faults.append((f"{_field_name(field)}[{index}]", printable(str(error))))
+    if len(values.get("node_port_addresses", ())) > 1 and PRIMARY in values["node_port_addresses"]:
+        faults.append(("nodePortAddresses", f"{PRIMARY} stands alone"))
     return (Configuration() if faults else Configuration(**values)), faults
 
 

@@ -7,15 +7,19 @@ that changed. Which endpoints serve, and what happens when none does, follows ku
 (pkg/proxy/topology.go, serviceport.go).
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from .model import (
     Address,
     Endpoint,
     Family,
+    Kind,
     Masquerade,
+    Network,
     NoServers,
     ObjectName,
     Problem,
@@ -28,7 +32,9 @@ from .model import (
     Update,
     VirtualAddress,
     VirtualServer,
+    disjoint,
     family_of,
+    format_address,
 )
 
 DEFAULT_DRAIN_SECONDS = 900
@@ -38,13 +44,44 @@ class Rules(Struct, frozen=True):
     """What the node and its administrator add to the objects.
 
     `node_name`/`zone`: this node's, "" = unknown. `drain_seconds`: how long a removed real server may finish its
-    connections.
+    connections. `node_addresses`: this node's own, without loopback and link-local ones. `node_ips`: its main address
+    of each family; () = the first of `node_addresses`. `node_port_ranges`: node ports are served on node addresses
+    within these; a family without any is served on all of its addresses. `primary_node_ports`: on `node_ips` only.
+    `external_ip_ranges`: the externalIPs that a Service may claim (CVE-2020-8554: whoever may write a Service could
+    take any address); () = none.
     """
 
     node_name: str = ""
     zone: str = ""
     scheduler: str = "rr"
     drain_seconds: int = DEFAULT_DRAIN_SECONDS
+    node_addresses: tuple[Address, ...] = ()
+    node_ips: tuple[Address, ...] = ()
+    node_port_ranges: tuple[Network, ...] = ()
+    primary_node_ports: bool = False
+    external_ip_ranges: tuple[Network, ...] = ()
+
+    def main_address(self, family: Family) -> Address | None:
+        """This node's address of a family, if it has one."""
+        given = (one for one in (*self.node_ips, *self.node_addresses) if len(one) == WIDTHS[family])
+        return next(given, None)
+
+    def node_port_addresses(self, family: Family) -> list[Address]:
+        """Where node ports of a family are served."""
+        if self.primary_node_ports:
+            main = self.main_address(family)
+            return [] if main is None else [main]
+        width = WIDTHS[family]
+        ranges = [each for each in self.node_port_ranges if len(each.address) == width]
+        mine = (one for one in self.node_addresses if len(one) == width)
+        return [one for one in mine if not ranges or any(one in each for each in ranges)]
+
+    def may_claim(self, address: Address) -> bool:
+        """Whether a Service may have it as an external IP."""
+        return any(address in each for each in self.external_ip_ranges)
+
+
+WIDTHS = {Family.IPV4: 4, Family.IPV6: 16}
 
 
 class Chosen(NamedTuple):
@@ -56,26 +93,40 @@ class Chosen(NamedTuple):
 
 
 def virtual_servers(view: ServiceView, rules: Rules) -> list[VirtualServer]:
-    """Every virtual server of one Service; none for headless, ExternalName, unaddressed or another proxy's Services."""
+    """Every virtual server of one Service; none for headless, ExternalName, unaddressed or another proxy's Services.
+
+    A family in which the Service has no cluster IP is not served at all, whatever external addresses it names.
+    """
     service = view.service
-    if service is None or service.other_proxy or service.headless or service.type is ServiceType.EXTERNAL_NAME:
+    if service is None or not proxied(service):
         return []
+    external = _external(service)
     servers = []
     for port in service.ports:
-        chosen: dict[Family, Chosen] = {}
         for vip in service.cluster_ips:
-            family = family_of(vip)
-            if family not in chosen:
-                chosen[family] = choose(view, port, family, rules)
-            servers.append(_cluster_ip_server(service, port, vip, chosen[family], rules))
+            chosen = choose(view, port, family_of(vip), rules)
+            servers.append(_cluster_ip_server(service, port, vip, chosen, rules))
+            if external:
+                servers += _external_servers(service, port, family_of(vip), chosen, rules)
     return servers
+
+
+EXTERNAL_TYPES = (ServiceType.NODE_PORT, ServiceType.LOAD_BALANCER)
+
+
+def proxied(service: Service) -> bool:
+    """Whether a Service is this program's business."""
+    return not (service.other_proxy or service.headless or service.type is ServiceType.EXTERNAL_NAME)
+
+
+def _label(name: ObjectName, port: ServicePort) -> str:
+    return str(ServicePortName(name.namespace, name.name, port.name))
 
 
 def _cluster_ip_server(
     service: Service, port: ServicePort, vip: Address, chosen: Chosen, rules: Rules
 ) -> VirtualServer:
     reals = chosen.local if service.internal_local else chosen.cluster
-    elsewhere = chosen.anywhere and not reals
     return VirtualServer(
         VirtualAddress(int(port.protocol), vip, port.port),
         reals,
@@ -84,10 +135,80 @@ def _cluster_ip_server(
         service.affinity_seconds,
         8 * len(vip) if service.affinity_seconds else 32,
         Masquerade.DETECT,
-        NoServers.DROP if elsewhere else NoServers.REJECT,
+        NoServers.DROP if chosen.anywhere and not reals else NoServers.REJECT,
         True,
-        str(ServicePortName(*service.name, port.name)),
+        _label(service.name, port),
     )
+
+
+def _external_servers(
+    service: Service, port: ServicePort, family: Family, chosen: Chosen, rules: Rules
+) -> Iterator[VirtualServer]:
+    """The virtual servers at node ports, external IPs and load balancer IPs of one port, in one family.
+
+    Policy Local: clients from outside keep their address and get endpoints of this node only; clients inside the
+    cluster need no such favour and get any endpoint, by a virtual server of their own.
+    """
+    width = WIDTHS[family]
+    reals = chosen.local if service.external_local else chosen.cluster
+    inside = chosen.cluster if service.external_local and chosen.cluster != chosen.local else ()
+    allowed = _allowed(service, family, rules)
+    for kind, address, number in _external_addresses(service, port, family, rules):
+        server = VirtualServer(
+            VirtualAddress(int(port.protocol), address, number),
+            reals,
+            service.scheduler or rules.scheduler,
+            service.scheduler_flags,
+            service.affinity_seconds,
+            8 * width if service.affinity_seconds else 32,
+            Masquerade.NODE if service.external_local else Masquerade.ALWAYS,
+            NoServers.DROP if chosen.anywhere and not reals else NoServers.REJECT,
+            False,
+            _label(service.name, port),
+            kind,
+            allowed if kind is Kind.LOAD_BALANCER else (),
+        )
+        yield server
+        if any(real.weight for real in inside):
+            at = VirtualAddress(int(port.protocol), address, number, True)
+            yield replace(server, at=at, real_servers=inside, no_servers=NoServers.REJECT, allowed=())
+
+
+def _external_addresses(
+    service: Service, port: ServicePort, family: Family, rules: Rules
+) -> Iterator[tuple[Kind, Address, int]]:
+    """Addresses and ports besides the cluster IP, each once; one that comes up twice is the more public kind."""
+    width = WIDTHS[family]
+    found: dict[tuple[Address, int], Kind] = {}
+    if port.node_port and service.type in EXTERNAL_TYPES:
+        for address in rules.node_port_addresses(family):
+            found[address, port.node_port] = Kind.NODE_PORT
+    for address in service.external_ips:
+        if len(address) == width and rules.may_claim(address):
+            found[address, port.port] = Kind.EXTERNAL_IP
+    for address in service.load_balancer_ips:
+        if len(address) == width:
+            found[address, port.port] = Kind.LOAD_BALANCER
+    for address in service.cluster_ips:
+        found.pop((address, port.port), None)
+    for (address, number), kind in found.items():
+        yield kind, address, number
+
+
+def _allowed(service: Service, family: Family, rules: Rules) -> tuple[Network, ...]:
+    """Who may connect to the load balancer's addresses; () = everybody.
+
+    A node within the ranges may also come from such an address itself: that is what its source becomes where the
+    address is local (kube-proxy's rule for load balancers that answer on the node).
+    """
+    width = WIDTHS[family]
+    ranges = [each for each in service.source_ranges if len(each.address) == width]
+    if not ranges or any(each.prefix == 0 for each in ranges):
+        return ()
+    main = rules.main_address(family)
+    if main is not None and any(main in each for each in ranges):
+        ranges += [Network(each, 8 * width) for each in service.load_balancer_ips if len(each) == width]
+    return disjoint(ranges)
 
 
 def choose(view: ServiceView, port: ServicePort, family: Family, rules: Rules) -> Chosen:
@@ -128,6 +249,11 @@ def _join(view: ServiceView, port: ServicePort, family: Family) -> dict[tuple[Ad
     return joined
 
 
+def serving(view: ServiceView, port: ServicePort, family: Family) -> set[tuple[Address, int]]:
+    """Endpoints of a service port that still answer, by whatever policy or hint new clients are kept from them."""
+    return {key for key, endpoint in _join(view, port, family).items() if endpoint.serving}
+
+
 def _topology(ready: list[Joined], rules: Rules) -> list[Joined]:
     """Ready endpoints nearest to this node, if every one of them has a hint and some hint means us (KEP-3015, 4444)."""
     if rules.node_name and all(endpoint.node_hints for _, endpoint in ready):
@@ -152,6 +278,42 @@ def _real_servers(entries: list[Joined], rules: Rules) -> tuple[RealServer, ...]
     return tuple(servers)
 
 
+class HealthCheck(NamedTuple):
+    """A health check node port (KEP-1669): a load balancer asks there whether this node has endpoints.
+
+    Addresses of ready endpoints on this node, in each family.
+    """
+
+    port: int
+    ipv4: int
+    ipv6: int
+
+
+def local_ready(view: ServiceView, node_name: str) -> tuple[int, int]:
+    """How many different addresses of ready endpoints are on this node: IPv4, IPv6."""
+    found = {
+        endpoint.address
+        for one in view.slices
+        for endpoint in one.endpoints
+        if one.ports and endpoint.ready and node_name and endpoint.node == node_name
+    }
+    ipv4 = sum(len(address) == 4 for address in found)
+    return ipv4, len(found) - ipv4
+
+
+def _external(service: Service) -> bool:
+    """Whether it has, or may have, addresses besides its cluster IPs."""
+    return bool(service.external_ips or service.load_balancer_ips) or service.type in EXTERNAL_TYPES
+
+
+_FIELDS = {
+    Kind.CLUSTER_IP: "spec.clusterIP",
+    Kind.NODE_PORT: "spec.ports[].nodePort",
+    Kind.EXTERNAL_IP: "spec.externalIPs",
+    Kind.LOAD_BALANCER: "status.loadBalancer.ingress",
+}
+
+
 class Desired:
     """The wanted state of the whole node, kept current Service by Service.
 
@@ -167,17 +329,27 @@ class Desired:
         self._contested: set[VirtualAddress] = set()
         self._addresses: dict[ObjectName, tuple[VirtualAddress, ...]] = {}
         self._drains: dict[VirtualAddress, int] = {}
+        self._refused: dict[ObjectName, tuple[Address, ...]] = {}
+        self._health: dict[ObjectName, HealthCheck] = {}
 
     def update(self, update: Update) -> set[VirtualAddress]:
         """Take in what a source delivered; returns the virtual addresses whose server may have changed."""
+        disputed = bool(self._contested)
         touched: set[VirtualAddress] = set()
         fresh: dict[tuple[ObjectName, VirtualAddress], VirtualServer] = {}
         for name, view in update.changed.items():
             touched.update(self._forget(name))
-            for server in virtual_servers(view, self.rules) if view else ():
-                self._claim(name, view, server)
+            if view is None:
+                continue
+            self._views[name] = view
+            self._note(name, view)
+            for server in virtual_servers(view, self.rules):
+                self._claim(name, server)
                 fresh[name, server.at] = server
                 touched.add(server.at)
+        if disputed or self._contested:
+            # who has an address has it for clients inside as well
+            touched |= {twin for at in touched if (twin := at._replace(inside=True)) in self._claims}
         for at in touched:
             self._settle(at, fresh)
         return touched
@@ -186,15 +358,79 @@ class Desired:
         """How long real servers of this virtual address may drain; a Service that is gone leaves the default."""
         return self._drains.get(at, self.rules.drain_seconds)
 
+    def serving(self, at: VirtualAddress) -> set[tuple[Address, int]]:
+        """The endpoints that still answer of the Service that has a virtual address, whatever its policies are."""
+        server = self.servers.get(at)
+        if server is None:
+            return set()
+        owner = self._claims[at][0]
+        view = self._views[owner]
+        return {
+            place
+            for port in (view.service.ports if view.service else ())
+            if port.protocol == at.protocol and _label(owner, port) == server.label
+            for place in serving(view, port, family_of(at.address))
+        }
+
+    def renew(self, rules: Rules) -> set[VirtualAddress]:
+        """Go by other rules from now on (a node address came or went, another zone); what may have changed by it."""
+        before, self.rules = self.rules, rules
+        if before == rules:
+            return set()
+        same_place = (before.node_name, before.zone, before.scheduler) == (rules.node_name, rules.zone, rules.scheduler)
+        if same_place:
+            changed = {name: view for name, view in self._views.items() if view.service and _external(view.service)}
+        else:
+            changed = dict(self._views)
+        return self.update(Update(dict(changed)))
+
+    @property
+    def health_checks(self) -> dict[ObjectName, "HealthCheck"]:
+        """The health check node ports of Services with externalTrafficPolicy Local."""
+        return self._health
+
+    def no_local_endpoints(self) -> tuple[int, int]:
+        """Service ports whose traffic is dropped since no endpoint is on this node: internal, external policy."""
+        silent = [one for one in self.servers.values() if one.no_servers is NoServers.DROP and not one.real_servers]
+        return (
+            len({(one.label, len(one.at.address)) for one in silent if one.bound}),
+            len({(one.label, len(one.at.address)) for one in silent if not one.bound}),
+        )
+
+    @property
+    def refusals(self) -> tuple[Problem, ...]:
+        """External IPs that Services name and may not have."""
+        return tuple(
+            Problem(
+                "services",
+                0,
+                f"Service {name}",
+                "spec.externalIPs",
+                f"{', '.join(map(format_address, addresses))}: not among the allowed external IPs (externalIPRanges)",
+            )
+            for name, addresses in sorted(self._refused.items())
+        )
+
     @property
     def conflicts(self) -> tuple[Problem, ...]:
         """Services that want a virtual address which another Service has."""
-        claimed = [(at, *self._claims[at]) for at in sorted(self._contested)]
         return tuple(
-            Problem("services", 0, f"Service {loser}", "spec.clusterIP", f"{at} belongs to Service {owner}")
-            for at, owner, *losers in claimed
-            for loser in losers
+            Problem(
+                "services",
+                0,
+                f"Service {loser}",
+                self._field(loser, at),
+                f"{at} belongs to Service {self._claims[at][0]}",
+            )
+            for at in sorted(self._contested)
+            if not at.inside
+            for loser in self._claims[at][1:]
         )
+
+    def _field(self, name: ObjectName, at: VirtualAddress) -> str:
+        """What of a Service asks for a virtual address."""
+        kinds = (one.kind for one in virtual_servers(self._views[name], self.rules) if one.at == at)
+        return _FIELDS[next(kinds, Kind.CLUSTER_IP)]
 
     def _forget(self, name: ObjectName) -> tuple[VirtualAddress, ...]:
         addresses = self._addresses.pop(name, ())
@@ -205,12 +441,23 @@ class Desired:
                 self._contested.discard(at)
             if not claims:
                 del self._claims[at]
-        self._views.pop(name, None)
+        for book in (self._views, self._refused, self._health):
+            book.pop(name, None)
         return addresses
 
-    def _claim(self, name: ObjectName, view: ServiceView | None, server: VirtualServer) -> None:
-        assert view is not None
-        self._views[name] = view
+    def _note(self, name: ObjectName, view: ServiceView) -> None:
+        """What a Service wants besides virtual servers."""
+        service = view.service
+        if service is None or not proxied(service):
+            return
+        if service.external_ips:
+            refused = tuple(each for each in service.external_ips if not self.rules.may_claim(each))
+            if refused:
+                self._refused[name] = refused
+        if service.health_check_node_port:
+            self._health[name] = HealthCheck(service.health_check_node_port, *local_ready(view, self.rules.node_name))
+
+    def _claim(self, name: ObjectName, server: VirtualServer) -> None:
         claims = self._claims.setdefault(server.at, [])
         if name not in claims:
             claims.append(name)
@@ -226,11 +473,12 @@ class Desired:
 
     def _settle(self, at: VirtualAddress, fresh: dict[tuple[ObjectName, VirtualAddress], VirtualServer]) -> None:
         """Give `at` to the first of its claims."""
-        claims = self._claims.get(at)
-        if not claims:
+        claims = self._claims.get(at, ())
+        owners = self._claims.get(at._replace(inside=False), ()) if at.inside else claims
+        if not owners or owners[0] not in claims:
             self.servers.pop(at, None)
             return
-        owner = claims[0]
+        owner = owners[0]
         view = self._views[owner]
         server = fresh.get((owner, at))
         self.servers[at] = server or next(s for s in virtual_servers(view, self.rules) if s.at == at)

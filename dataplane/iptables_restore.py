@@ -16,9 +16,10 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 
+import msgspec
 from msgspec import Struct
 
-from .backend import Options, Outcome, RealCounters, ServerReport, Transaction
+from .backend import NO_SETTINGS, Options, Outcome, RealCounters, ServerReport, Transaction
 from .drain import DrainKey
 from .errors import KernelError, PreflightError, ToolError
 from .iptables_books import Books, Script, Wanted
@@ -39,12 +40,15 @@ from .model import Address, Family, VirtualAddress, VirtualServer, family_of
 from .plan import Plan, State
 from .procfs_sysctl import Change, apply, check, restore, running_kernel
 from .procfs_sysctl import Wanted as WantedSysctl
-from .run_iptables import Tools, legacy_tables
+from .run_iptables import Tools, has_legacy_tables
 
 CULPRITS = 32
 """Refused objects that one commit looks for; what is left then fails with them and is tried again."""
 LOOK_SECONDS = 0.1
 """A look that `intact` took serves the `observe` right behind it."""
+
+SCHEDULER = "random"
+"""What `statistic --mode random` does, for people."""
 
 SYSCTLS = (WantedSysctl("net.ipv4.ip_forward", 1, "packets to a VIP leave for real servers on other machines"),)
 _NOTE = re.compile(r'^-m comment --comment "([a-z0-9_.]+) was (\d+)"$')
@@ -54,6 +58,15 @@ _LINE = re.compile(r"(?:occurred at line: |line )(\d+)\b")
 def open_backend(options: Options) -> "IptablesBackend":
     """The backend in the calling thread's network namespace."""
     return IptablesBackend(options)
+
+
+def open_leftover(options: Options) -> "IptablesBackend":
+    """The same with the programs in whose tables our chains are."""
+    opened = IptablesBackend(options)
+    found = [tools.flavour for tools in opened._all_tools() if tools.owned()]
+    if not found or opened.flavour in found:
+        return opened
+    return IptablesBackend(msgspec.structs.replace(options, iptables_tool=found[0]))
 
 
 class IptablesTransaction(Struct, frozen=True):
@@ -100,7 +113,11 @@ class IptablesBackend:
         """Weights are expressed, by probabilities; schedulers, thresholds and a VIP on this node are not."""
         return express(self._form, server)
 
-    def prepare(self) -> tuple[str, ...]:
+    def present(self) -> bool:
+        """Our marker is in a table of either back end."""
+        return any(tools.owned() for tools in self._all_tools())
+
+    def prepare(self, before: Mapping[str, int] = NO_SETTINGS) -> tuple[str, ...]:
         """Marker, fixed chains, jumps and sysctls; chains that are not tidy are written anew."""
         lacks = []
         lacking = [one for one in check(SYSCTLS, running_kernel()) if one.error and one.before is not None]
@@ -110,8 +127,9 @@ class IptablesBackend:
                 self._refuse_foreign(tables.get(name, Table()), name, tools)
             if family is Family.IPV4:
                 # noted before it changes, so that `remove` can put it back whoever runs it
-                before = {one.name: one.before for one in lacking if one.before is not None}
-                self._before = before | self._before | _settings(tables)
+                found = {one.name: one.before for one in lacking if one.before is not None}
+                found |= {one.name: before[one.name] for one in SYSCTLS if one.name in before}
+                self._before = found | self._before | _settings(tables)
             try:
                 self._repair(family, tables)
             except ToolError as error:
@@ -122,6 +140,14 @@ class IptablesBackend:
         self._prepared = True
         lacks += [str(one) for one in apply(SYSCTLS, running_kernel()) if one.error]
         return (*lacks, *self._other_flavour())
+
+    def settings(self) -> dict[str, int]:
+        """Noted in the marker chain."""
+        noted: dict[str, int] = {}
+        for tools in self._all_tools():
+            if tools.owned():
+                noted |= _settings(tools.save())
+        return noted
 
     def observe(self, only: Collection[VirtualAddress] | None = None) -> State:
         """What the tables hold of ours; nothing, where they have no marker of ours."""
@@ -212,9 +238,9 @@ class IptablesBackend:
                     (real, RealCounters(0, 0, hits.get(chain_name("SEP", f"{held.seed}{real}"), 0)))
                     for real in held.server.real_servers
                 )
-                yield ServerReport(
-                    held.server, 0, sum(counters.connections for _, counters in rows), rows, at in books.held
-                )
+                chosen = held.server.scheduler if held.damaged else SCHEDULER
+                server = msgspec.structs.replace(held.server, scheduler=chosen)
+                yield ServerReport(server, 0, sum(counters.connections for _, counters in rows), rows, at in books.held)
 
     def monitors(self) -> tuple[int, ...]:
         """None: legacy tables tell nobody of changes; the agent's timer looks."""
@@ -224,9 +250,16 @@ class IptablesBackend:
         """Not told."""
         return False
 
-    def remove(self) -> None:
+    def text(self, language: str) -> str | None:
+        """Our chains and the jumps to them, as iptables-save prints them."""
+        if language != "iptables":
+            return None
+        texts = ((tools.command, _restorable(tools.save())) for tools in self._tools.values())
+        return "".join(f"# {command}\n{text}" for command, text in texts if text)
+
+    def remove(self, leave: Collection[str] = ()) -> None:
         """Our jumps and chains go, sysctls get back what the marker chain remembers."""
-        ours = {one.name: one.value for one in SYSCTLS}
+        ours = {one.name: one.value for one in SYSCTLS if one.name not in leave}
         for tools in self._all_tools():
             try:
                 tables = tools.save()
@@ -314,7 +347,7 @@ class IptablesBackend:
         other = "legacy" if self.flavour == "nft" else "nft"
         return [
             *self._tools.values(),
-            *(Tools(family, other) for family in self._tools if other == "nft" or "nat" in legacy_tables(family)),
+            *(Tools(family, other) for family in self._tools if other == "nft" or has_legacy_tables(family)),
         ]
 
     # ------------------------------------------------------------------------------------------------- looking
@@ -420,6 +453,23 @@ def _settings(tables: Mapping[str, Table]) -> dict[str, int]:
     """Sysctls as they were before us, from the marker chain."""
     notes = map(_NOTE.match, tables.get("nat", Table()).chains.get(MARKER, ()))
     return {note[1]: int(note[2]) for note in notes if note}
+
+
+def _restorable(tables: Mapping[str, Table]) -> str:
+    """What of tables is ours, as text for `iptables-restore --noflush`."""
+    lines: list[str] = []
+    for name, table in tables.items():
+        if table.owned:
+            ours = table.ours()
+            lines += [f"*{name}", *(f":{chain} - [0:0]" for chain in ours)]
+            lines += [
+                f"-A {chain} {rule}"
+                for chain, rule in table.jumps
+                if any(at == chain and same_rule(rule, jump) for at, jump in JUMPS[name])
+            ]
+            lines += [f"-A {chain} {rule}" for chain in ours for rule in table.chains[chain]]
+            lines.append("COMMIT")
+    return "".join(line + "\n" for line in lines)
 
 
 def _removal(name: str, table: Table) -> str:

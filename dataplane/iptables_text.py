@@ -245,7 +245,7 @@ def _client_rule(form: Form, server: VirtualServer, masquerade: Masquerade) -> s
     if not everyone and not form.clusters:
         return ""
     clusters = form.clients(family_of(server.at.address))
-    if masquerade is Masquerade.NEVER or not (everyone or clusters):
+    if masquerade is Masquerade.NODE or not (everyone or clusters):
         return ""
     rule = _to(server.at, f"{service_text(form, server.at, server.label)} cluster IP")
     if everyone:

@@ -4,70 +4,37 @@ IPVS forwards whatever reaches a virtual server and nothing else: refusing the o
 dropping where a Service has no endpoint here are left to this table. Its sets are also our memory in the kernel: which
 IPVS servers are ours, of which Service, and how long a draining real server still has.
 
-Rules are written as one `nft -f` transaction, and only if the kernel's differ: each rule's comment ends with a hash of
-the whole text, so comparing comments compares everything. Elements travel by netlink, a whole change in one batch.
+Rules are `nft_skeleton`'s: written as one `nft -f` transaction, and only if the kernel's differ. Elements travel by
+netlink, a whole change in one batch.
 """
 
 import errno
-import hashlib
 import re
 import zlib
 from collections.abc import Iterable, Iterator
-from itertools import chain
 from pathlib import Path
 
 from msgspec import Struct, field
 
 from . import netlink_nftables as netlink
 from . import nftables_messages as nft
-from .errors import KernelError, ToolError
-from .model import Address, Masquerade, Network, Protocol, VirtualAddress, format_address
+from .errors import KernelError
+from .model import Address, Masquerade, Protocol, VirtualAddress, format_address
 from .netlink_socket import NetlinkSocket
+from .nft_clients import Clients
+from .nft_skeleton import StaticTable, render
 from .nftables_messages import owner_comment as owner_comment
 from .nlattr import u32_bytes
-from .run_tool import run_tool
 
 TABLE = "dataplane-ipvs"
 _TEXT = Path(__file__).with_suffix(".nft")
 _SETTING = re.compile(r"([a-z0-9_.]{1,100})=(\d{1,9})")
-_INTERFACE = re.compile(r"[A-Za-z0-9_.-]{1,15}")
 
 _VERDICTS: dict[Masquerade, nft.Verdict] = {
     Masquerade.ALWAYS: nft.goto("masquerade_always"),
-    Masquerade.NEVER: nft.ACCEPT,
+    Masquerade.NODE: nft.goto("masquerade_node"),
 }
 _MASQUERADES = {verdict: meaning for meaning, verdict in _VERDICTS.items()}
-
-_TYPES = {"ipv4_addr": nft.IPV4, "ipv6_addr": nft.IPV6, "inet_proto": nft.PROTOCOL}
-_TYPES |= {"inet_service": nft.PORT, "mark": nft.HOST32}
-_HOOKS = {"prerouting": 0, "input": 1, "forward": 2, "output": 3, "postrouting": 4}
-_PRIORITIES = {"filter": 0, "srcnat": 100}
-
-
-class GuardOptions(Struct, frozen=True):
-    """Whom DETECT masquerades: everyone, else clients that are not local by CIDR or by interface; with none of these
-    set, nobody but the node's own processes."""
-
-    masquerade_all: bool = False
-    cluster_cidrs: tuple[Network, ...] = ()
-    bridge_interface: str = ""
-    """Clients behind it are local (kube-proxy's detect-local BridgeInterface)."""
-    interface_prefix: str = ""
-    """Clients behind interfaces that begin so are local (InterfaceNamePrefix)."""
-
-    def rules(self) -> list[str]:
-        """The rules that stand for @options@."""
-        if self.masquerade_all:
-            return ['masquerade fully-random comment "everyone (masquerade all)"']
-        tests = []
-        for word, width in (("ip", 4), ("ip6", 16)):
-            cidrs = [cidr for cidr in self.cluster_cidrs if len(cidr.address) == width]
-            tests.append(" ".join(f"{word} saddr != {cidr}" for cidr in cidrs))
-        for name, pattern in ((self.bridge_interface, "{}"), (self.interface_prefix, "{}*")):
-            if name and not _INTERFACE.fullmatch(name):
-                raise ValueError(f"{name!r} is not an interface name")
-            tests.append(f'iifname != "{pattern.format(name)}"' if name else "")
-        return [f'{test} masquerade fully-random comment "a client from outside"' for test in tests if test]
 
 
 DrainKey = tuple[VirtualAddress, Address, int]
@@ -110,61 +77,31 @@ _DROPPED, _EXCEPTIONS, _DRAINING = _wires("dropped"), _wires("exceptions"), _wir
 _SETTINGS = nft.SetWire(nft.INET, TABLE, "settings", (nft.HOST32,))
 
 
+def text(clients: Clients) -> str:
+    """The table for these options."""
+    return render(_TEXT.read_text(), clients.rules())
+
+
 class Guard:
     """The table, in the network namespace of `sock` (a NETLINK_NETFILTER socket) and of the calling thread."""
 
-    def __init__(self, sock: NetlinkSocket, options: GuardOptions) -> None:
+    def __init__(self, sock: NetlinkSocket, clients: Clients) -> None:
         self._sock = sock
-        self._text = render(options)
-        self._expected = parse(self._text)
+        self._table = StaticTable(sock, TABLE, text(clients), lambda name: False)
 
     # ------------------------------------------------------------------------------------------------------- rules
 
     def exists(self) -> bool:
         """Whether the table is there, whatever is in it."""
-        return netlink.has_table(self._sock, nft.INET, TABLE)
+        return self._table.exists()
 
     def intact(self) -> bool:
         """Whether sets, chains and rules are exactly what this version writes for these options. Starts no process."""
-        return self.exists() and self._skeleton() == self._expected
-
-    def _skeleton(self) -> "Skeleton":
-        rules: dict[str, list[str]] = {}
-        for rule in netlink.read_rules(self._sock, nft.INET, TABLE):
-            rules.setdefault(rule.chain, []).append(rule.comment)
-        shapes = netlink.read_sets(self._sock, nft.INET, TABLE)
-        return Skeleton(
-            {shape.name: (shape.key_length, shape.flags & _SHAPE_FLAGS) for shape in shapes},
-            {each.name: each for each in netlink.read_chains(self._sock, nft.INET, TABLE)},
-            rules,
-        )
+        return self._table.exists() and self._table.matches(self._table.read()[0])
 
     def ensure(self) -> bool:
-        """Write the rules unless they are intact; True if something was written.
-
-        One transaction, so that no packet ever meets half of them, and elements stay. Only where a set itself has to be
-        another one (by another version, or another's hand) the table is made anew, empty.
-        """
-        found = self._skeleton() if self.exists() else Skeleton({}, {}, {})
-        if found == self._expected:
-            return False
-        keep = [f"table inet {TABLE}", f"flush table inet {TABLE}"]
-        keep += [
-            f"delete chain inet {TABLE} {name}"
-            for name, each in found.chains.items()
-            if each != self._expected.chains.get(name) and _IDENTIFIER.fullmatch(name)
-        ]
-        if found.sets.items() <= self._expected.sets.items():
-            try:
-                run_tool(["nft", "-f", "-"], input="\n".join([*keep, self._text]))
-            except ToolError:
-                if not found.chains:
-                    raise
-            else:
-                return True
-        anew = [f"table inet {TABLE}", f"delete table inet {TABLE}", self._text]
-        run_tool(["nft", "-f", "-"], input="\n".join(anew))
-        return True
+        """Write the rules unless they are intact; True if something was written. Elements stay where they can."""
+        return self._table.ensure()
 
     def delete(self) -> None:
         """Remove the table with all that is in it; that it is not there is fine."""
@@ -185,7 +122,7 @@ class Guard:
         seen.hairpins.update(each.key[0] for each in self._read(_HAIRPIN) if each.key[0] == each.key[1])
         for (address, protocol, port), *_ in self._read(_DROPPED):
             seen.dropped.add(VirtualAddress(protocol, address, port))
-        for (address, protocol, port), _, _, verdict, _ in self._read(_EXCEPTIONS):
+        for (address, protocol, port), _, _, verdict, *_ in self._read(_EXCEPTIONS):
             # a verdict that is not ours counts as DETECT, which nobody asks for: so it differs, and is replaced
             meaning = _MASQUERADES.get(verdict, Masquerade.DETECT) if isinstance(verdict, tuple) else Masquerade.DETECT
             seen.masquerade[VirtualAddress(protocol, address, port)] = meaning
@@ -226,7 +163,7 @@ class Guard:
 def _additions(elements: Elements) -> list[bytes]:
     packed: dict[nft.SetWire, list[bytes]] = {}
     put = packed.setdefault
-    for (protocol, address, port), owner in elements.servers.items():
+    for (protocol, address, port, _), owner in elements.servers.items():
         wire = _SERVERS[len(address)]
         put(wire, []).append(wire.element(address, protocol, port, comment=owner_comment(owner)))
     for address in elements.vips:
@@ -235,14 +172,14 @@ def _additions(elements: Elements) -> list[bytes]:
     for address in elements.hairpins:
         wire = _HAIRPIN[len(address)]
         put(wire, []).append(wire.element(address, address))
-    for protocol, address, port in elements.dropped:
+    for protocol, address, port, _ in elements.dropped:
         wire = _DROPPED[len(address)]
         put(wire, []).append(wire.element(address, protocol, port))
-    for (protocol, address, port), meaning in elements.masquerade.items():
+    for (protocol, address, port, _), meaning in elements.masquerade.items():
         if meaning is not Masquerade.DETECT:
             wire = _EXCEPTIONS[len(address)]
             put(wire, []).append(wire.element(address, protocol, port, verdict=_VERDICTS[meaning]))
-    for ((protocol, address, port), real, real_port), seconds in elements.draining.items():
+    for ((protocol, address, port, _), real, real_port), seconds in elements.draining.items():
         wire = _DRAINING[len(address)]
         # a timeout of 0 would mean: never
         key = (address, protocol, port, real, real_port)
@@ -261,7 +198,7 @@ def _removals(elements: Elements) -> list[bytes]:
     packed: dict[nft.SetWire, list[bytes]] = {}
     put = packed.setdefault
     for wires, keys in ((_SERVERS, elements.servers), (_DROPPED, elements.dropped), (_EXCEPTIONS, elements.masquerade)):
-        for protocol, address, port in keys:
+        for protocol, address, port, _ in keys:
             wire = wires[len(address)]
             put(wire, []).append(wire.key(address, protocol, port))
     for address in elements.vips:
@@ -274,7 +211,7 @@ def _removals(elements: Elements) -> list[bytes]:
         put(_SETTINGS, []).append(_SETTINGS.key(_setting_key(name)))
     messages = [message for wire, each in packed.items() for message in wire.remove(each)]
     drained: dict[nft.SetWire, list[bytes]] = {}
-    for (protocol, address, port), real, real_port in elements.draining:
+    for (protocol, address, port, _), real, real_port in elements.draining:
         wire = _DRAINING[len(address)]
         drained.setdefault(wire, []).append(wire.key(address, protocol, port, real, real_port))
     for wire, each in drained.items():
@@ -325,56 +262,3 @@ def _printed(elements: Elements) -> Iterator[tuple[str, str, str]]:
         at, real, port = key
         text = f"{server(at)} . {format_address(real)} . {port}"
         yield f"draining{suffix(at.address)}", text, f" timeout {max(1, elements.draining[key])}s"
-
-
-# ------------------------------------------------------------------------------------------------------ the .nft text
-
-
-class Skeleton(Struct):
-    """What of the table stays the same: sets as (key length, flags), chains, and the comments of each chain's rules."""
-
-    sets: dict[str, tuple[int, int]]
-    chains: dict[str, netlink.Chain]
-    rules: dict[str, list[str]]
-
-
-_SHAPE_FLAGS = nft.SET_MAP | nft.SET_TIMEOUT | nft.SET_INTERVAL
-_IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_COMMENT = re.compile(r'comment "([^"]*)"$', re.MULTILINE)
-_SET = re.compile(r"(set|map) (\w+) \{ type ([\w. ]+?)(?: : verdict)?;( flags timeout;)? \}")
-_BASE = re.compile(r"type (\w+) hook (\w+) priority (?:(\w+)(?: ([+-]) (\d+))?|(-\d+)); policy accept;")
-
-
-def render(options: GuardOptions) -> str:
-    """The table for these options, without the file's remarks, each rule's comment marked with the text's hash."""
-    lines = [line for line in _TEXT.read_text().splitlines() if line.strip() and not line.lstrip().startswith("#")]
-    lines = list(chain.from_iterable(_filled(line, options) for line in lines))
-    text = "\n".join(lines) + "\n"
-    mark = hashlib.sha256(text.encode()).hexdigest()[:8]
-    return _COMMENT.sub(rf'comment "\1 [{mark}]"', text)
-
-
-def _filled(line: str, options: GuardOptions) -> list[str]:
-    return [line.replace("@options@", rule) for rule in options.rules()] if "@options@" in line else [line]
-
-
-def parse(text: str) -> Skeleton:
-    """What the kernel shows of a text of ours once it is loaded."""
-    skeleton = Skeleton({}, {}, {})
-    current = ""
-    for line in map(str.strip, text.splitlines()):
-        if found := _SET.fullmatch(line):
-            what, name, types, timed = found.groups()
-            fields = [_TYPES[each] for each in types.split(" . ")]
-            flags = (nft.SET_MAP if what == "map" else 0) | (nft.SET_TIMEOUT if timed else 0)
-            skeleton.sets[name] = nft.key_length(fields), flags
-        elif line.startswith("chain "):
-            current = line.split()[1]
-            skeleton.chains[current] = netlink.Chain(current)
-        elif found := _BASE.fullmatch(line):
-            kind, hook, word, sign, distance, number = found.groups()
-            priority = int(number) if number else _PRIORITIES[word] + int(f"{sign or ''}{distance or 0}")
-            skeleton.chains[current] = netlink.Chain(current, kind, _HOOKS[hook], priority)
-        elif found := _COMMENT.search(line):
-            skeleton.rules.setdefault(current, []).append(found[1])
-    return skeleton

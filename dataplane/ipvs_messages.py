@@ -261,7 +261,7 @@ class Encoder:
 
     def new_server(self, server: VirtualServer) -> bytes:
         """NEW_SERVICE and a NEW_DEST for each real server, in one piece of bytes."""
-        protocol, address, port = server.at
+        protocol, address, port, _ = server.at
         reals, width = server.real_servers, len(address)
         # everything the template folds in, as one cheap dictionary key: plain real servers are only counted
         settings: tuple[_Dest, ...] = ()
@@ -301,7 +301,7 @@ class Encoder:
 
     def real(self, command: int, server: VirtualServer, real: RealServer) -> bytes:
         """One NEW_, SET_ or DEL_DEST message."""
-        protocol, address, port = server.at
+        protocol, address, port, _ = server.at
         key = (command, protocol, len(address), len(real.address), real.weight)
         plain = not (real.forwarding or real.upper_threshold or real.lower_threshold)
         template = self._plain.get(key) if plain else None

@@ -9,6 +9,7 @@ sort numerically and cost a third of an `ipaddress` object.
 """
 
 import socket
+from collections.abc import Iterable, Iterator
 from enum import Enum, IntEnum
 from typing import NamedTuple, NewType
 
@@ -81,6 +82,12 @@ class Network(Struct, frozen=True, gc=False):
         shift = 8 * len(address) - self.prefix
         return int.from_bytes(address) >> shift == int.from_bytes(self.address) >> shift
 
+    @property
+    def last(self) -> Address:
+        """Its last address."""
+        host = (1 << 8 * len(self.address) - self.prefix) - 1
+        return Address((int.from_bytes(self.address) | host).to_bytes(len(self.address)))
+
     def __str__(self) -> str:
         return f"{format_address(self.address)}/{self.prefix}"
 
@@ -96,6 +103,24 @@ def parse_network(text: str) -> Network:
     shift = width - prefix
     masked = (int.from_bytes(address) >> shift << shift).to_bytes(len(address))
     return Network(Address(masked), prefix)
+
+
+def between(first: bytes, last: bytes) -> Iterator[Network]:
+    """The ranges that hold the addresses from `first` to `last`; one range where it came from one."""
+    width, low, high = 8 * len(first), int.from_bytes(first), int.from_bytes(last)
+    while low <= high:
+        span = min((low & -low).bit_length() - 1 if low else width, (high - low + 1).bit_length() - 1)
+        yield Network(Address(low.to_bytes(len(first))), width - span)
+        low += 1 << span
+
+
+def disjoint(networks: Iterable[Network]) -> tuple[Network, ...]:
+    """The same addresses without ranges inside of others, sorted (an interval set takes no overlap)."""
+    found: list[Network] = []
+    for each in sorted(set(networks), key=lambda one: (len(one.address), one.address, one.prefix)):
+        if not (found and each.address in found[-1]):  # one that holds it has a lower address, or is wider
+            found.append(each)
+    return tuple(found)
 
 
 # ---------------------------------------------------------------------------------------------- Kubernetes words
@@ -275,8 +300,10 @@ class Masquerade(Enum):
 
     DETECT = "detect"
     """Clients that are not local by the agent's detect-local method, or everyone with masquerade-all."""
-    NEVER = "never"
+    NODE = "node"
+    """Processes of this node only (externalTrafficPolicy Local: everybody else keeps his address)."""
     ALWAYS = "always"
+    """Everybody (external addresses with policy Cluster: the answer has to come back this way)."""
 
 
 class NoServers(Enum):
@@ -286,15 +313,30 @@ class NoServers(Enum):
     DROP = "drop"
 
 
+class Kind(Enum):
+    """What sort of address of its Service a VirtualServer is at."""
+
+    CLUSTER_IP = "ClusterIP"
+    NODE_PORT = "NodePort"
+    EXTERNAL_IP = "ExternalIP"
+    LOAD_BALANCER = "LoadBalancer"
+
+
 class VirtualAddress(NamedTuple):
-    """What identifies a VirtualServer: protocol number, packed address, port."""
+    """What identifies a VirtualServer: protocol number, packed address, port, and for whom.
+
+    `inside`: it serves clients inside the cluster only (pods, told by the detect-local method, and processes of this
+    node); there is always another one beside it, for everybody else (kube-proxy's short circuits, KEP-1138).
+    """
 
     protocol: int
     address: Address
     port: int
+    inside: bool = False
 
     def __str__(self) -> str:
-        return f"{Protocol(self.protocol).name} {format_endpoint(self.address, self.port)}"
+        text = f"{Protocol(self.protocol).name} {format_endpoint(self.address, self.port)}"
+        return f"{text} (inside)" if self.inside else text
 
 
 class RealServer(Struct, frozen=True, gc=False, order=True):
@@ -332,6 +374,9 @@ class VirtualServer(Struct, frozen=True, gc=False):
     masquerade: Masquerade = Masquerade.DETECT
     no_servers: NoServers = NoServers.REJECT
     bound: bool = True
-    """The VIP itself is made local on this node (false for node ports: the node owns those addresses)."""
+    """The address is a cluster IP: made local on this node where the mode needs that, and other ports are refused."""
     label: str = ""
     """Whose it is, for people: `namespace/name:port`; kept in the kernel as a comment where the mode has comments."""
+    kind: Kind = Kind.CLUSTER_IP
+    allowed: tuple[Network, ...] = ()
+    """Who may connect (loadBalancerSourceRanges), sorted, none inside another; () = everybody."""

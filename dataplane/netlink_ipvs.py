@@ -15,7 +15,7 @@ IPVS has no owner field. What is ours is written in the guard table's sets, whic
 
 import contextlib
 import errno
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 
@@ -23,10 +23,10 @@ import msgspec
 from msgspec import Struct
 
 from . import ipvs_proc_text, ipvsadm_text
-from .backend import Options, Outcome, RealCounters, ServerReport, Transaction
+from .backend import NO_SETTINGS, Options, Outcome, RealCounters, ServerReport, Transaction
 from .drain import DrainKey
 from .errors import KernelError, NotRoot, PreflightError, ToolError
-from .ipvs_guard import TABLE, Elements, Guard, GuardOptions, owner_comment
+from .ipvs_guard import TABLE, Elements, Guard, owner_comment
 from .ipvs_messages import (
     COMMAND_NAMES,
     DATA,
@@ -63,6 +63,7 @@ from .netlink_socket import (
     kernel_error,
     resolve_family,
 )
+from .nft_clients import Clients
 from .nftables_messages import INET
 from .plan import Change as ServerChange
 from .plan import Plan, State
@@ -96,6 +97,13 @@ _ALREADY_GONE = {(DEL_SERVICE, errno.ESRCH), (DEL_DEST, errno.ESRCH), (DEL_DEST,
 def open_backend(options: Options) -> "IpvsBackend":
     """The backend in the calling thread's network namespace; PreflightError when the kernel has no IPVS."""
     return IpvsBackend(options)
+
+
+def open_leftover(options: Options) -> "IpvsBackend":
+    """The same with VIPs bound as they are here."""
+    with NetlinkSocket(NETLINK_ROUTE) as sock:
+        routes = not VipDevice(sock).exists() and bool(VipRoutes(sock).bound())
+    return IpvsBackend(msgspec.structs.replace(options, vip_binding="routes" if routes else "device"))
 
 
 UNLISTED = "(not in our ledger)"
@@ -169,10 +177,11 @@ class IpvsBackend:
 
     def __init__(self, options: Options) -> None:
         self._options = options
+        clients = Clients(options.masquerade_all, options.cluster_cidrs)
         self._route = NetlinkSocket(NETLINK_ROUTE)
         self._netfilter = NetlinkSocket(NETLINK_NETFILTER)
         self._genl = NetlinkSocket(NETLINK_GENERIC)
-        self._guard = Guard(self._netfilter, GuardOptions(options.masquerade_all, options.cluster_cidrs))
+        self._guard = Guard(self._netfilter, clients)
         self._vips: VipBinding = VipRoutes(self._route) if options.vip_binding == "routes" else VipDevice(self._route)
         self._monitors: tuple[NetlinkSocket, NetlinkSocket] | None = None
         self._ledger_lost = False
@@ -196,7 +205,11 @@ class IpvsBackend:
         """All of it: IPVS is what the model's words come from."""
         return server
 
-    def prepare(self) -> tuple[str, ...]:
+    def present(self) -> bool:
+        """Our guard table or our device is there."""
+        return self._guard.exists() or VipDevice(self._route).exists()
+
+    def prepare(self, before: Mapping[str, int] = NO_SETTINGS) -> tuple[str, ...]:
         """Load modules, set sysctls, make kube-ipvs0 and the guard table; nothing is written that is there already."""
         _load_modules(lambda: self._encoder)
         lacking = [one for one in check(self._sysctls, running_kernel()) if one.error and one.before is not None]
@@ -205,14 +218,20 @@ class IpvsBackend:
         self._ledger_lost = not self._guard.exists() and not made_device
         made_guard = self._guard.ensure()
         # what was there before us is noted before it changes, so that `remove` can put it back whoever runs it
-        self._before = {one.name: one.before for one in lacking if one.before is not None} | self._before
-        if self._before and (lacking or made_guard):
+        inherited = {one.name: before[one.name] for one in self._sysctls if one.name in before}
+        found = {one.name: one.before for one in lacking if one.before is not None}
+        self._before = found | inherited | self._before
+        if self._before and (lacking or inherited or made_guard):
             self._guard.commit(Elements(settings=self._before), Elements())
         if any(self._options.timeouts):
             tcp, fin, udp = self._options.timeouts
             request = self._encoder.command(SET_CONFIG, timeout_tcp=tcp, timeout_tcp_fin=fin, timeout_udp=udp)
             self._genl.request(request, "set", "IPVS timeouts")
         return tuple(str(one) for one in apply(self._sysctls, running_kernel()) if one.error)
+
+    def settings(self) -> dict[str, int]:
+        """Noted in the guard table."""
+        return self._guard.observe().settings if self._guard.exists() else {}
 
     def observe(self, only: Collection[VirtualAddress] | None = None) -> State:
         """What the kernel holds of ours.
@@ -401,11 +420,17 @@ class IpvsBackend:
         touched = touched or bool(foreign_touches(tables, INET, TABLE, (self._netfilter.port,)))
         return touched or lost_links or lost_tables
 
-    def remove(self) -> None:
+    def text(self, language: str) -> str | None:
+        """The guard table as `nft` lists it, which `nft -f` reads."""
+        if language != "nft":
+            return None
+        return run_tool(["nft", "list", "table", "inet", TABLE]) if self._guard.exists() else ""
+
+    def remove(self, leave: Collection[str] = ()) -> None:
         """Take away our servers (those in the ledger), kube-ipvs0 and the guard table; put sysctls back."""
         if self._guard.exists():
             ledger = self._guard.observe()
-            ours = {one.name: one.value for one in IPVS_SYSCTLS + STRICT_ARP_SYSCTLS}
+            ours = {one.name: one.value for one in IPVS_SYSCTLS + STRICT_ARP_SYSCTLS if one.name not in leave}
             restore(
                 Change(name, before, before, ours[name]) for name, before in ledger.settings.items() if name in ours
             )

@@ -446,6 +446,28 @@ def addresses_by_link(sock: NetlinkSocket, except_of: Sequence[str] = (DEVICE,))
     return found
 
 
+ADDRESS_GROUPS = (5, 9)
+"""RTNLGRP_IPV4_IFADDR, RTNLGRP_IPV6_IFADDR: what changes `node_addresses`."""
+
+
+def node_addresses(sock: NetlinkSocket) -> tuple[Address, ...]:
+    """The node's own addresses in the kernel's order: those of kube-ipvs0, loopback and link-local ones are none."""
+    link = link_by_name(sock, DEVICE)
+    vips = link.number if link else 0
+    found = dict.fromkeys(address for index, address in _dump_addresses(sock) if index != vips)
+    return tuple(each for each in found if not (_is_loopback(each) or (len(each) == 16 and _is_link_local(each))))
+
+
+def addressed_link(notification: bytes) -> int:
+    """The index of the interface whose address a notification of ADDRESS_GROUPS is about."""
+    index: int = _IFADDR.unpack_from(notification, HEADER.size)[4]
+    return index
+
+
+def _is_loopback(address: bytes) -> bool:
+    return address[0] == 127 if len(address) == 4 else address == bytes(15) + b"\1"
+
+
 def links_with_address(sock: NetlinkSocket, address: Address, except_of: Sequence[str] = (DEVICE,)) -> tuple[str, ...]:
     """The interfaces that have this address: a VIP found on one is the node's own, not ours to bind."""
     return addresses_by_link(sock, except_of).get(address, ())

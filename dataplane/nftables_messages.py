@@ -15,6 +15,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from .errors import WireError
+from .model import Kind
 from .netlink_socket import HEADER, NLM_F_CREATE, NLM_F_REQUEST, message
 from .nlattr import (
     NlAttrs,
@@ -152,6 +153,7 @@ class ElementAttrs(NlAttrs):
     expiration = attr(5, be64)
     userdata = attr(6, blob)
     expression = attr(7, blob)
+    key_end = attr(10, nested(DataAttrs))
 
 
 class CounterAttrs(NlAttrs):
@@ -195,11 +197,24 @@ def comment_of(userdata: bytes) -> str:
     return ""
 
 
-def owner_comment(owner: str) -> str:
-    """The owner as a comment, or "" when it has characters or a length that no kernel tool shall ever see."""
-    return owner if _OWNER.fullmatch(owner) else ""
+def owner_comment(owner: str, kind: Kind = Kind.CLUSTER_IP) -> str:
+    """The owner as a comment, or "" when it has characters or a length that no kernel tool shall ever see.
+
+    `default/web:http (NodePort)` at other addresses than the cluster IP.
+    """
+    plain = owner if _OWNER.fullmatch(owner) else ""
+    return plain if kind is Kind.CLUSTER_IP else f"{plain} ({kind.value})".lstrip()
 
 
+def read_owner(comment: str) -> tuple[str, Kind]:
+    """The reverse: the owner, "" for what we never write, and the kind."""
+    if not comment.endswith(")"):
+        return owner_comment(comment), Kind.CLUSTER_IP
+    owner, _, kind = comment[:-1].rpartition("(")
+    return owner_comment(owner.rstrip(" ")), _KINDS.get(kind, Kind.CLUSTER_IP)
+
+
+_KINDS = {kind.value: kind for kind in Kind}
 _OWNER = re.compile(r"[A-Za-z0-9._:/-]{1,100}")
 
 
@@ -274,6 +289,8 @@ class Element(NamedTuple):
     data: bytes | Verdict | None = None
     packets: int = 0
     """What its counter says."""
+    end: tuple[Any, ...] = ()
+    """In an interval set: the last key of the range that begins with `key`."""
 
 
 @lru_cache(maxsize=8192)
@@ -308,6 +325,20 @@ def _element_template(
         parts += [header(width_of(tlv), 6), *tlv, padding(width_of(tlv))]
         parameters.append("comment")
     return compile_template(nest(1, parts), parameters)
+
+
+@lru_cache(maxsize=64)
+def _span_template(key: tuple[Field, ...]) -> Callable[..., bytes]:
+    """A function of (fields of the first key, fields of the last) that packs one NFTA_LIST_ELEM."""
+
+    def value(number: int, prefix: str) -> list[Part]:
+        slots: list[Part] = [header(key_length(key), 1)]
+        for index, field in enumerate(key):
+            slots += [Slot(f"{prefix}{index}", field.code), bytes(field.pad)]
+        return nest(number, slots)
+
+    names = [f"{prefix}{index}" for prefix in ("a", "z") for index in range(len(key))]
+    return compile_template(nest(1, [*value(1, "a"), *value(10, "z")]), names)
 
 
 @lru_cache(maxsize=512)
@@ -376,6 +407,13 @@ class SetWire:
         """
         return _rows_template(self._key, self._data, count)
 
+    def span(self, *fields: Any) -> bytes:
+        """One packed element of a concatenated interval set: the fields of the first key, then those of the last.
+
+        It serves `add` and `remove`; ranges that overlap are refused (nft_set_pipapo.c).
+        """
+        return _span_template(self._key)(*fields)
+
     def add(self, elements: Iterable[bytes], flags: int = 0) -> list[bytes]:
         """NEWSETELEM messages. An element that is there already stays as it is; a map's with other data is refused."""
         return self._packed(Message.NEWSETELEM, elements, NLM_F_CREATE | flags)
@@ -435,14 +473,14 @@ class SetWire:
             if length < rest_at or stop > end or buffer[at + 4 : at + key_at] != prefix:
                 found.append(self._decode_any(buffer, at + 4, stop, end))
             elif length == rest_at:
-                append(make((unpack_key(buffer, at + key_at), "", None, None, 0)))
+                append(make((unpack_key(buffer, at + key_at), "", None, None, 0, ())))
             elif (  # nothing but user data that starts with a comment
                 buffer[at + rest_at + 2 : at + rest_at + 5] == b"\6\0\0"
                 and length_of(buffer, at + rest_at)[0] + 3 & ~3 == length - rest_at
             ):
                 text = at + rest_at + 6
                 comment = buffer[text : text + buffer[text - 1] - 1].decode("utf-8", "replace")
-                append(make((unpack_key(buffer, at + key_at), comment, None, None, 0)))
+                append(make((unpack_key(buffer, at + key_at), comment, None, None, 0, ())))
             else:
                 found.append(self._decode_any(buffer, at + 4, stop, end))
             at = stop + 3 & ~3
@@ -460,8 +498,14 @@ class SetWire:
             data = (signed(verdict["code"]), verdict.get("chain", "")) if verdict is not None else told["value"]
         comment = comment_of(values.get("userdata", b""))
         packets = counted(values["expression"]) if "expression" in values else 0
+        last = values.get("key_end", {}).get("value", b"")
         return Element(
-            self._unpack_key(key.ljust(self._padded, b"\0")), comment, values.get("expiration"), data, packets
+            self._unpack_key(key.ljust(self._padded, b"\0")),
+            comment,
+            values.get("expiration"),
+            data,
+            packets,
+            self._unpack_key(last.ljust(self._padded, b"\0")) if len(last) == self.key_length else (),
         )
 
 

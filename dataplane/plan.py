@@ -326,6 +326,8 @@ def _alike(old: VirtualServer, new: VirtualServer) -> bool:
         and old.no_servers is new.no_servers
         and old.masquerade is new.masquerade
         and old.bound == new.bound
+        and old.kind is new.kind
+        and old.allowed == new.allowed
     )
 
 

@@ -59,6 +59,11 @@ class Kernel:
         self.backend = FakeBackend()
         self.opened: list[tuple[str, Options]] = []
         self.locked = False
+        self.others: dict[str, FakeBackend] = {}
+        """What other modes hold."""
+
+    def open_leftover(self, mode: str, options: Options | None = None) -> FakeBackend:
+        return self.others.get(mode, FakeBackend())
 
     def open(self, mode: str, options: Options | None = None) -> FakeBackend:
         self.opened.append((mode, options or Options()))
@@ -75,6 +80,7 @@ class Kernel:
 def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
     made = Kernel()
     monkeypatch.setattr(dataplane.backend, "open_backend", made.open)
+    monkeypatch.setattr(dataplane.backend, "open_leftover", made.open_leftover)
     monkeypatch.setattr(dataplane.agent, "agent_lock", made.lock)
     monkeypatch.setattr(dataplane.cli.options, "has_net_admin", lambda: True)
     monkeypatch.delenv("DATAPLANE_MODE", raising=False)
@@ -138,6 +144,9 @@ def test_version(arguments: list[str]) -> None:
         (["apply", "-f", "FILE", "--drain-seconds", "-1"], 2, "drain-seconds"),
         (["show", "-o", "ipvsadm", "default/x"], 2, "leave out the names"),
         (["show", "-o", "ipvsadm"], 2, "is for --mode ipvs"),
+        (["show", "-o", "nft", "default/x"], 2, "leave out the names"),
+        (["show", "-o", "iptables"], 2, "-o iptables is not for --mode fake"),
+        (["cleanup", "--all", "--mode", "ipvs"], 2, "--all is every mode, --mode one of them"),
     ],
 )
 def test_what_is_wrong_is_said_in_a_line(
@@ -351,11 +360,12 @@ def test_problems_win_over_differences(kernel: Kernel, manifests: Path) -> None:
 def test_show(kernel: Kernel, manifests: Path) -> None:
     invoke("apply", "-f", str(manifests))
     kernel.backend.connections[AT, parse_address("10.244.2.3"), 9376] = 2
-    assert invoke("show").stdout.splitlines() == [
-        "NAMESPACE  SERVICE         VIP                SCHED  REAL SERVER      WEIGHT  STATE   ACTIVE  INACTIVE  CONNS",
-        "default    hostnames:http  10.0.1.175:80/TCP  rr     10.244.1.7:9376  1       active  0       0         0",
-        "                                                     10.244.2.3:9376  1       active  2       0         0",
-    ]
+    table = """
+NAMESPACE  SERVICE         VIP                TYPE       SCHED  REAL SERVER      WEIGHT  STATE   ACTIVE  INACTIVE  CONNS
+default    hostnames:http  10.0.1.175:80/TCP  ClusterIP  rr     10.244.1.7:9376  1       active  0       0         0
+                                                                10.244.2.3:9376  1       active  2       0         0
+"""
+    assert invoke("show").stdout.splitlines() == table.strip().splitlines()
     assert invoke("show", "default/hostnames", "-o", "name").stdout == "default/hostnames:http\n"
     assert json.loads(invoke("show", "-o", "json").stdout)["services"][0]["service"] == "hostnames"
     assert not invoke("show", "--no-headers").stdout.startswith("NAMESPACE")

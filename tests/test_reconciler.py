@@ -1,6 +1,7 @@
 """The reconciler over the public fake: what it believes, what it retries, what it refuses to do."""
 
 import errno
+from typing import Any
 
 import pytest
 
@@ -21,7 +22,7 @@ class Clock:
         return self.now
 
 
-def start(backend: FakeBackend, first: Update, clock: Clock | None = None, **options: bool) -> Reconciler:
+def start(backend: FakeBackend, first: Update, clock: Clock | None = None, **options: Any) -> Reconciler:
     reconciler = Reconciler(backend, Rules(drain_seconds=60), clock=clock or Clock(), **options)
     reconciler.take(first)
     backend.prepare()

@@ -8,6 +8,8 @@ from dataplane.model import (
     EndpointPort,
     EndpointSlice,
     Family,
+    Kind,
+    Masquerade,
     NoServers,
     ObjectName,
     Protocol,
@@ -18,7 +20,9 @@ from dataplane.model import (
     Update,
     VirtualAddress,
     VirtualServer,
+    disjoint,
     parse_address,
+    parse_network,
 )
 
 
@@ -29,10 +33,10 @@ def split(endpoint: str) -> tuple[Address, int]:
 
 
 def at(text: str) -> VirtualAddress:
-    """`TCP 10.0.1.175:80`."""
-    protocol, endpoint = text.split()
+    """`TCP 10.0.1.175:80`, with ` (inside)` behind it when it is for clients inside the cluster."""
+    protocol, endpoint, *inside = text.split()
     address, port = split(endpoint)
-    return VirtualAddress(int(Protocol[protocol]), address, port)
+    return VirtualAddress(int(Protocol[protocol]), address, port, bool(inside))
 
 
 def real(text: str) -> RealServer:
@@ -44,14 +48,24 @@ def real(text: str) -> RealServer:
 
 
 def server(text: str) -> VirtualServer:
-    """`TCP 10.0.1.175:80 wlc sticky=300 drop label=a/b -> 10.244.1.7:9376, 10.244.2.3:9376 w0`."""
+    """`TCP 10.0.1.175:80 wlc sticky=300 drop label=a/b -> 10.244.1.7:9376, 10.244.2.3:9376 w0`.
+
+    Other addresses than the cluster IP say which: `TCP 1.2.3.4:80 LoadBalancer node from=10.0.0.0/8+1.2.3.4/32 -> …`,
+    `TCP 192.168.0.2:30080 (inside) NodePort node -> …`; who is masqueraded is `always` or `node`.
+    """
     head, _, tail = text.partition("->")
     protocol, endpoint, *words = head.split()
+    if words and words[0] == "(inside)":
+        endpoint = " ".join((endpoint, words.pop(0)))
     values = dict(word.partition("=")[::2] for word in words)
     reals = tuple(sorted(real(each) for each in tail.split(",") if each.strip()))
     key = at(f"{protocol} {endpoint}")
     sticky = int(values.get("sticky", 0))
-    scheduler = next((word for word in words if "=" not in word and word != "drop"), "rr")
+    kind = next((Kind(word) for word in words if word in {each.value for each in Kind}), Kind.CLUSTER_IP)
+    masquerade = next((Masquerade(word) for word in words if word in {each.value for each in Masquerade}), None)
+    plain = [word for word in words if "=" not in word and word not in ("drop", kind.value)]
+    plain = [word for word in plain if masquerade is None or word != masquerade.value]
+    scheduler = plain[0] if plain else "rr"
     return VirtualServer(
         key,
         reals,
@@ -59,8 +73,12 @@ def server(text: str) -> VirtualServer:
         int(values.get("flags", "0"), 16),
         sticky,
         8 * len(key.address) if sticky else 32,
-        no_servers=NoServers.DROP if "drop" in words else NoServers.REJECT,
-        label=values.get("label", ""),
+        masquerade or Masquerade.DETECT,
+        NoServers.DROP if "drop" in words else NoServers.REJECT,
+        kind is Kind.CLUSTER_IP,
+        values.get("label", ""),
+        kind,
+        disjoint(map(parse_network, values["from"].split("+"))) if "from" in values else (),
     )
 
 
@@ -69,6 +87,9 @@ def shown(one: VirtualServer) -> str:
     words = [str(one.at), one.scheduler]
     words += [f"flags={one.flags:x}"] if one.flags else []
     words += [f"sticky={one.persistence}"] if one.persistence else []
+    words += [one.kind.value] if one.kind is not Kind.CLUSTER_IP else []
+    words += [one.masquerade.value] if one.masquerade is not Masquerade.DETECT else []
+    words += ["from=" + "+".join(map(str, one.allowed))] if one.allowed else []
     words += ["drop"] if one.no_servers is NoServers.DROP else []
     words += [f"label={one.label}"] if one.label else []
     reals = ", ".join(

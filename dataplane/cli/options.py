@@ -1,5 +1,6 @@
 """What all commands share: their options, the settings these make, and the ways to speak."""
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -13,7 +14,9 @@ from ..printable import printable
 if TYPE_CHECKING:
     from ..backend import Backend
     from ..configuration import Configuration
+    from ..desired import Rules
     from ..manifest_files import ManifestFiles
+    from ..mode_switch import ModeSwitch, Tell
     from ..reconciler import Reconciler
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -48,16 +51,21 @@ def _verbose(ctx: click.Context, _: click.Parameter, value: bool) -> bool:
     return value
 
 
-def _cidrs(_ctx: click.Context, _: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
-    from ..model import parse_network
+def _each_of(field: str) -> Callable[[click.Context, click.Parameter, tuple[str, ...]], tuple[str, ...]]:
+    """Comma-separated values of an option that may be repeated, each as the field of the configuration takes it."""
 
-    cidrs = tuple(part.strip() for value in values for part in value.split(","))
-    try:
-        for cidr in cidrs:
-            parse_network(cidr)
-    except ValueError as error:
-        raise click.BadParameter(printable(str(error))) from None
-    return cidrs
+    def read(_ctx: click.Context, _: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
+        from ..configuration import ADDRESS_FIELDS
+
+        parts = tuple(part.strip() for value in values for part in value.split(","))
+        try:
+            for part in parts:
+                ADDRESS_FIELDS[field](part)
+        except ValueError as error:
+            raise click.BadParameter(printable(str(error))) from None
+        return parts
+
+    return read
 
 
 def _timeouts(_ctx: click.Context, _: click.Parameter, value: str | None) -> object:
@@ -114,6 +122,28 @@ source_options = _together(
         type=click.IntRange(0, 31 * 86400),
         help="How long a removed real server may finish its connections; default 900.",
     ),
+    click.option(
+        "--node-ip",
+        "node_ips",
+        multiple=True,
+        metavar="ADDRESS",
+        callback=_each_of("node_ips"),
+        help="This node's main address, one of each family; default: its first.",
+    ),
+    click.option(
+        "--node-port-addresses",
+        multiple=True,
+        metavar="CIDR",
+        callback=_each_of("node_port_addresses"),
+        help="Node addresses that serve node ports, as ranges, or `primary`; repeatable; default: all.",
+    ),
+    click.option(
+        "--external-ip-ranges",
+        multiple=True,
+        metavar="CIDR",
+        callback=_each_of("external_ip_ranges"),
+        help="externalIPs that Services may claim; repeatable; default: none (CVE-2020-8554).",
+    ),
     click.option("--allow-mass-delete", is_flag=True, default=None, help="Remove also most virtual servers at once."),
 )
 kernel_options = _together(
@@ -123,8 +153,20 @@ kernel_options = _together(
         "cluster_cidrs",
         multiple=True,
         metavar="CIDR",
-        callback=_cidrs,
+        callback=_each_of("cluster_cidrs"),
         help="Pod address range: clients outside are masqueraded; repeatable, or comma-separated.",
+    ),
+    click.option("--bridge-interface", metavar="NAME", help="Or: clients behind this bridge are pods."),
+    click.option(
+        "--interface-name-prefix", metavar="PREFIX", help="Or: clients behind interfaces whose names begin so are pods."
+    ),
+    click.option(
+        "--service-cidr",
+        "service_cidrs",
+        multiple=True,
+        metavar="CIDR",
+        callback=_each_of("service_cidrs"),
+        help="Range of cluster IPs: what no Service has of it is dropped; repeatable, or comma-separated.",
     ),
     click.option(
         "--vip-binding",
@@ -192,11 +234,57 @@ def open_source(settings: "Configuration") -> "ManifestFiles":
     return ManifestFiles(settings.manifests)
 
 
+class SettledNode:
+    """This node as the settings have it, and its addresses as the kernel has them."""
+
+    def __init__(self, settings: "Configuration") -> None:
+        from ..netlink_node import NodeAddresses
+
+        self._settings = settings
+        self._addresses = NodeAddresses()
+        self.fileno, self.changed, self.close = self._addresses.fileno, self._addresses.changed, self._addresses.close
+
+    def rules(self) -> "Rules":
+        """The rules that go with the addresses of this moment."""
+        return self._settings.rules(self._addresses.read())
+
+
 def make_reconciler(settings: "Configuration", backend: "Backend") -> "Reconciler":
-    """The reconciler of these settings."""
+    """The reconciler of these settings, on this node with the addresses it has now."""
+    from ..netlink_conntrack import Conntrack
     from ..reconciler import Reconciler
 
-    return Reconciler(backend, settings.rules(), allow_mass_delete=settings.allow_mass_delete)
+    with contextlib.closing(SettledNode(settings)) as node:
+        rules = node.rules()
+    return Reconciler(backend, rules, allow_mass_delete=settings.allow_mass_delete, flow_table=Conntrack())
+
+
+def open_switch(settings: "Configuration", reconciler: "Reconciler", tell: "Tell") -> "ModeSwitch":
+    """What lets go of the other modes, which an earlier agent may have left here."""
+    from ..mode_switch import ModeSwitch
+
+    return ModeSwitch(
+        reconciler,
+        *_openers(settings),
+        tell,
+        drain_seconds=settings.drain_seconds,
+        allow_mass_delete=settings.allow_mass_delete,
+    )
+
+
+def other_modes(settings: "Configuration") -> "list[Backend]":
+    """The backends, open, of other modes that hold something here."""
+    from ..mode_switch import leftovers
+
+    return leftovers(*_openers(settings))
+
+
+def _openers(settings: "Configuration") -> "tuple[list[str], Callable[[str], Backend]]":
+    """The other modes, and how one is opened as it was left here."""
+    from .. import backend
+
+    others = [mode for mode in backend.MODES if mode != settings.mode]
+    return others, lambda mode: backend.open_leftover(mode, settings.options())
 
 
 def emit(value: object, output: str) -> None:
