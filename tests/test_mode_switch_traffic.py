@@ -266,7 +266,7 @@ def test_ipvs_mode_goes_when_its_connections_have_ended(agent: NodeAgent, world:
     start(agent, IPVS)
     old = [Caller(world.client).hold(VIP, 80), Caller(node).hold(VIP, 80)]
     agent.stop()
-    start(agent, [*new, "--drain-seconds", "12"])
+    start(agent, [*new, "--drain-seconds", "40"])
     eventually("draining", lambda: "draining ipvs" in steps(agent), 30)
     fresh = [Caller(world.client).hold(VIP, 80), Caller(node).hold(VIP, 80)]
     assert fresh[1].socket.getsockname()[0] == VIP
@@ -279,7 +279,7 @@ def test_ipvs_mode_goes_when_its_connections_have_ended(agent: NodeAgent, world:
     start(agent, [*new, "--drain-seconds", "900"])
     assert all(one.beats() for one in (*old, *fresh))
     fresh[1].close()
-    eventually("the end of the drain", lambda: "removed ipvs" in steps(agent), 30)
+    eventually("the end of the drain", lambda: "removed ipvs" in steps(agent), 120)
     assert present(node) == {new[0]}
     assert node.run("ipvsadm", "-S", "-n").stdout == ""
     assert VIP not in node.run("ip", "addr").stdout
