@@ -185,6 +185,13 @@ def open_leftover(mode: str, options: Options | None = None) -> Backend:
     return backend
 
 
+def open_beside(mode: str, options: Options | None = None) -> Backend | None:
+    """The same mode as an earlier agent left it in another place than these options say; None = it did not."""
+    opener = getattr(_module(mode), "open_beside", None)
+    beside: Backend | None = opener(options or Options()) if opener else None
+    return beside
+
+
 def _module(mode: str) -> Any:
     if mode not in MODES:
         if mode in PLANNED:

@@ -69,6 +69,17 @@ def open_leftover(options: Options) -> "IptablesBackend":
     return IptablesBackend(msgspec.structs.replace(options, iptables_tool=found[0]))
 
 
+def open_beside(options: Options) -> "IptablesBackend | None":
+    """What is ours in the tables of the back end that is not used; None = nothing."""
+    used = IptablesBackend(options)
+    found = [tools.flavour for tools in used._all_tools()[len(used._tools) :] if tools.owned()]
+    if not found:
+        return None
+    beside = IptablesBackend(msgspec.structs.replace(options, iptables_tool=found[0]), alone=True)
+    beside.mode = f"iptables ({found[0]})"
+    return beside
+
+
 class IptablesTransaction(Struct, frozen=True):
     """A plan as one iptables-restore input per family, which is what it prints."""
 
@@ -88,7 +99,9 @@ class IptablesBackend:
     mode = "iptables"
     drains = False
 
-    def __init__(self, options: Options, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, options: Options, clock: Callable[[], float] = time.monotonic, *, alone: bool = False) -> None:
+        self._alone = alone
+        """The other back end's tables are somebody else's business."""
         self._form = Form(options.iptables_compat == "classic", options.masquerade_all, options.cluster_cidrs)
         self._clock = clock
         families = (Family.IPV4, *([Family.IPV6] if Path("/proc/sys/net/ipv6").exists() else []))
@@ -336,7 +349,8 @@ class IptablesBackend:
         """Chains of ours among the tables of the other back end would take packets twice."""
         for tools in self._all_tools()[len(self._tools) :]:
             with contextlib.suppress(PreflightError, ToolError):
-                chains = sorted(chain for table in tools.save().values() for chain in table.ours())
+                tables = tools.save().values()  # those with our marker are let go by the switch
+                chains = sorted(chain for table in tables if not table.owned for chain in table.ours())
                 if chains:
                     told = f"iptables here is {self.flavour}, and {tools.prefix} has chains of Services too"
                     return (f"{told} ({', '.join(chains[:3])}): packets meet both; remove those",)
@@ -344,6 +358,8 @@ class IptablesBackend:
 
     def _all_tools(self) -> list[Tools]:
         """Those of this back end, then of the other one, as far as it has tables."""
+        if self._alone:
+            return list(self._tools.values())
         other = "legacy" if self.flavour == "nft" else "nft"
         return [
             *self._tools.values(),

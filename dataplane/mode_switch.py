@@ -27,6 +27,8 @@ from .model import VirtualAddress
 from .plan import State
 from .procfs_sockets import connected_from
 from .reconciler import MASS_DELETE_LEAST, MASS_DELETE_SHARE, Reconciler
+from .run_iptables import RESTORE_SECONDS
+from .show_text import plural
 
 LOOK_SECONDS = 1.0
 """Between two looks at what the other mode still has; and at most a tenth of the time goes into looking."""
@@ -81,12 +83,11 @@ class Leaving:
             self.reconciler.held = State()
 
     def __str__(self) -> str:
-        held, drains = self.reconciler.held.servers, self.reconciler.drains.deadlines
-        if not self.begun:
-            return f"{self.backend.mode}: waits"
-        parts = [f"{len(drains)} real servers drain"] if drains else []
-        parts += [f"{self.kept} virtual servers kept"] if self.kept else []
-        return f"{self.backend.mode}: {', '.join(parts) or f'{len(held)} virtual servers'}"
+        drains, held = len(self.reconciler.drains.deadlines), len(self.reconciler.held.servers)
+        parts = [f"{plural(drains, 'real server')} draining"] if drains else []
+        parts += [f"{plural(self.kept, 'virtual server')} kept"] if self.kept else []
+        parts += [] if parts else [plural(held, "virtual server")]
+        return f"{self.backend.mode}: {', '.join(parts)}"
 
 
 class ModeSwitch:
@@ -117,13 +118,22 @@ class ModeSwitch:
         self._clock = clock
         self._verified = False
         self._next = 0.0
+        self._until = clock() + RESTORE_SECONDS
         self._told = ""
 
     def look(self) -> dict[str, int]:
-        """Find other modes; returns sysctls as they were before these, for `prepare` of the one that runs."""
+        """Find other modes; returns sysctls as they were before these, for `prepare` of the one that runs.
+
+        A tool that a killed agent had started may finish after our first look, so more are taken for a while.
+        """
+        if self._clock() > self._until:
+            return {}
         known = {one.backend.mode for one in self.leaving}
         before: dict[str, int] = {}
-        for backend in leftovers((mode for mode in self._modes if mode not in known), self._opener):
+        for backend in leftovers(self._modes, self._opener):
+            if backend.mode in known:
+                backend.close()
+                continue
             self.leaving.append(Leaving(backend, self._drain_seconds, self._clock))
             self._verified = False
             before |= backend.settings()
@@ -148,6 +158,8 @@ class ModeSwitch:
                     self.leaving.remove(one)
                     self._tell("removed", mode=one.backend.mode)
         except (DataplaneError, OSError) as error:
+            for one in self.leaving:
+                one.begun = False  # somebody else meddles, perhaps: look again
             self._tell_once("failed, tried again", error=str(error))
         self._next = self._clock() + max(LOOK_SECONDS, 10 * (time.perf_counter() - took))
 

@@ -244,7 +244,10 @@ def test_a_healthy_machine_and_nothing_is_left_behind(netns: NetNs) -> None:
     before = snapshot(netns)
     found = examined(netns)
     assert not [each for each in found.values() if each["status"] != "ok"]
-    assert {"dummy device", "IPVS", "IPVS IPv6", "IPVS conntrack", "nftables", "kube-proxy", "loopback"} <= set(found)
+    assert {"dummy device", "IPVS", "IPVS IPv6", "IPVS conntrack", "guard table", "kube-proxy", "loopback"} <= set(
+        found
+    )
+    assert {"mode nftables", "iptables", "iptables legacy", "iptables nft"} <= set(found)
     assert found["IPVS schedulers"]["detail"] == "rr wrr lc wlc sh mh"
     assert snapshot(netns) == before
 

@@ -128,7 +128,7 @@ def test_what_the_new_mode_cannot_have_stays_in_the_old_one_until_it_can(node: N
     reconciler, switch = node.agent("new", TWO)
     assert list(node.modes["old"].servers) == [WEB]
     assert switch.stuck
-    assert list(map(str, switch.leaving)) == ["old: 1 virtual servers kept"]
+    assert list(map(str, switch.leaving)) == ["old: 1 virtual server kept"]
     for _ in range(3):
         node.later(switch)
     assert node.told[1:] == ["kept old 1 not programmed in the new mode"]
@@ -201,7 +201,7 @@ def test_connections_of_a_mode_that_drains_live_on_and_new_ones_go_elsewhere() -
     _, switch = node.agent("new", everything(node, "10.1.0.3", "10.1.0.4"))
     # nobody was connected to web
     assert weights(node) == {"10.244.1.7:9376": 0, "10.1.0.3:53": 0, "10.1.0.4:53": 0}
-    assert list(map(str, switch.leaving)) == ["old: 3 real servers drain"]
+    assert list(map(str, switch.leaving)) == ["old: 3 real servers draining"]
     assert not switch.stuck
     node.modes["old"].connections.clear()
     node.later(switch, 2)

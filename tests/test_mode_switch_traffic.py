@@ -145,6 +145,24 @@ def test_no_connection_fails_while_nftables_and_iptables_take_turns(agent: NodeA
     _take_turns(agent, world, NATIVE, ROUNDS, 200)
 
 
+@pytest.mark.root
+def test_no_connection_fails_while_iptables_changes_its_back_end(agent: NodeAgent, world: Topology) -> None:
+    start(agent, LEGACY)
+    with Load(world) as load:
+        for old, new in ((LEGACY, NFT), (NFT, LEGACY)):
+            load.hold()
+            load.phase = f"{old[-1]} to {new[-1]}"
+            load.goes_on(200)
+            agent.stop()
+            start(agent, new)
+            eventually(load.phase, lambda old=old: f"removed iptables ({old[-1]})" in steps(agent), 60)
+            load.goes_on(200)
+            load.check()
+            assert "KUBE" not in world.node.run(f"iptables-{old[-1]}-save").stdout
+            assert "KUBE" not in world.node.run(f"ip6tables-{old[-1]}-save").stdout
+            assert not [line for line in agent.log() if line["event"] == "not as wanted"]
+
+
 @pytest.mark.ipvs
 def test_no_connection_fails_while_all_modes_take_turns(agent: NodeAgent, world: Topology) -> None:
     _take_turns(agent, world, WITH_IPVS, 6, 60)
@@ -247,20 +265,20 @@ def test_ipvs_mode_goes_when_its_connections_have_ended(agent: NodeAgent, world:
     start(agent, IPVS)
     old = [Caller(world.client).hold(VIP, 80), Caller(node).hold(VIP, 80)]
     agent.stop()
-    start(agent, [*new, "--drain-seconds", "12"])
+    start(agent, [*new, "--drain-seconds", "40"])
     eventually("draining", lambda: "draining ipvs" in steps(agent), 30)
     fresh = [Caller(world.client).hold(VIP, 80), Caller(node).hold(VIP, 80)]
     assert fresh[1].socket.getsockname()[0] == VIP
     assert all(one.beats() for one in (*old, *fresh))
     leaving = agent.status()["leavingModes"]
     assert len(leaving) == 1
-    assert "real servers drain" in leaving[0]
+    assert "draining" in leaving[0]
     # a killed agent goes on with the same clock
     agent.stop(signal.SIGKILL)
     start(agent, [*new, "--drain-seconds", "900"])
     assert all(one.beats() for one in (*old, *fresh))
     fresh[1].close()
-    eventually("the end of the drain", lambda: "removed ipvs" in steps(agent), 30)
+    eventually("the end of the drain", lambda: "removed ipvs" in steps(agent), 120)
     assert present(node) == {new[0]}
     assert node.run("ipvsadm", "-S", "-n").stdout == ""
     assert VIP not in node.run("ip", "addr").stdout
@@ -275,3 +293,40 @@ def test_ipvs_mode_goes_when_its_connections_have_ended(agent: NodeAgent, world:
     node.sysctl("ipv4.ip_forward", 1)
     for one in (*old, *fresh):
         one.close()
+
+
+MUTE = """table inet mute {
+    counter came { }
+    chain input { type filter hook input priority 0; udp dport 9376 counter name came; }
+    chain output { type filter hook output priority 0; udp sport 9376 drop; }
+}"""
+
+
+@pytest.mark.ipvs
+@pytest.mark.parametrize("new", [NFTABLES, NFT], ids=lambda each: each[0])
+def test_what_nobody_answers_goes_on_through_ipvs(agent: NodeAgent, world: Topology, new: Sequence[str]) -> None:
+    """To conntrack such a flow is new with every packet, as a SYN is that is sent again."""
+
+    def came() -> int:
+        counted = (pod.ns.run("nft", "list", "counter", "inet", "mute", "came").stdout for pod in world.pods)
+        return sum(int(text.split("packets ")[1].split()[0]) for text in counted)
+
+    start(agent, IPVS)
+    for pod in world.pods:
+        pod.ns.run("nft", "-f", "-", stdin=MUTE)
+    try:
+        with world.client.enter():
+            flow = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        with flow:
+            flow.connect((VIP, 53))
+            flow.send(b"?")
+            eventually("the first", lambda: came() == 1)
+            agent.stop()
+            start(agent, new)
+            eventually("draining", lambda: "draining ipvs" in steps(agent), 30)
+            for number in range(2, 8):
+                flow.send(b"?")  # raises where the last one was refused
+                eventually(f"number {number}", lambda number=number: came() == number)
+    finally:
+        for pod in world.pods:
+            pod.ns.run("nft", "delete", "table", "inet", "mute")

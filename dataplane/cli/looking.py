@@ -19,11 +19,14 @@ TOOLS = ("ipvsadm", "ipvsadm-save", "nft", "iptables")
 """Forms that are a tool's own language: everything, and nothing of ours added."""
 
 
-def _complete_services(_ctx: click.Context, _: click.Parameter, incomplete: str) -> list[str]:
-    """Names from the kernel for the shell: in half a second or not at all, and never a word of complaint."""
+def _complete_services(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[str]:
+    """Names from the kernel for the shell, of the mode that is named or of those that are there.
+
+    In half a second or not at all, and never a word of complaint.
+    """
     import signal
 
-    from ..configuration import Configuration
+    from . import options
 
     def give_up(*_: object) -> None:
         raise TimeoutError
@@ -31,10 +34,9 @@ def _complete_services(_ctx: click.Context, _: click.Parameter, incomplete: str)
     try:
         signal.signal(signal.SIGALRM, give_up)
         signal.setitimer(signal.ITIMER_REAL, 0.5)
-        backend = open_kernel(Configuration())
-        try:
-            labels = {server.label for server in backend.observe().servers.values()}
-        finally:
+        labels: set[str] = set()
+        for backend in options.modes_here(ctx.params.get("mode")):
+            labels |= {server.label for server in backend.observe().servers.values()}
             backend.close()
     except Exception:
         return []

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from ..errors import InputError, NotRoot, UsageError
+from ..errors import InputError, NotRoot, PreflightError, UsageError
 from ..printable import printable
 
 if TYPE_CHECKING:
@@ -279,12 +279,27 @@ def other_modes(settings: "Configuration") -> "list[Backend]":
     return leftovers(*_openers(settings))
 
 
+def modes_here(mode: str | None) -> "list[Backend]":
+    """The backends, open, of all modes that hold something here, or of one; [] for who may not look."""
+    from .. import backend
+    from ..mode_switch import leftovers
+
+    return leftovers([mode] if mode else backend.MODES, backend.open_leftover) if has_net_admin() else []
+
+
 def _openers(settings: "Configuration") -> "tuple[list[str], Callable[[str], Backend]]":
-    """The other modes, and how one is opened as it was left here."""
+    """The other modes and this one in another place, and how one is opened as it was left here."""
     from .. import backend
 
-    others = [mode for mode in backend.MODES if mode != settings.mode]
-    return others, lambda mode: backend.open_leftover(mode, settings.options())
+    def opener(mode: str) -> "Backend":
+        if mode != settings.mode:
+            return backend.open_leftover(mode, settings.options())
+        beside = backend.open_beside(mode, settings.options())
+        if beside is None:
+            raise PreflightError(f"{mode} mode is in no other place")
+        return beside
+
+    return list(backend.MODES), opener
 
 
 def emit(value: object, output: str) -> None:

@@ -75,7 +75,7 @@ def _needed_elsewhere(settings: "Configuration", modes: Collection[str]) -> set[
     """Sysctls of modes that stay."""
     names: set[str] = set()
     for backend in other_modes(settings) if len(modes) == 1 else ():
-        if backend.mode not in modes:
+        if backend.mode.partition(" ")[0] not in modes:
             names |= backend.settings().keys()
         backend.close()
     return names
