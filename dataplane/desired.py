@@ -306,6 +306,14 @@ def _external(service: Service) -> bool:
     return bool(service.external_ips or service.load_balancer_ips) or service.type in EXTERNAL_TYPES
 
 
+_FIELDS = {
+    Kind.CLUSTER_IP: "spec.clusterIP",
+    Kind.NODE_PORT: "spec.ports[].nodePort",
+    Kind.EXTERNAL_IP: "spec.externalIPs",
+    Kind.LOAD_BALANCER: "status.loadBalancer.ingress",
+}
+
+
 class Desired:
     """The wanted state of the whole node, kept current Service by Service.
 
@@ -326,6 +334,7 @@ class Desired:
 
     def update(self, update: Update) -> set[VirtualAddress]:
         """Take in what a source delivered; returns the virtual addresses whose server may have changed."""
+        disputed = bool(self._contested)
         touched: set[VirtualAddress] = set()
         fresh: dict[tuple[ObjectName, VirtualAddress], VirtualServer] = {}
         for name, view in update.changed.items():
@@ -338,6 +347,9 @@ class Desired:
                 self._claim(name, server)
                 fresh[name, server.at] = server
                 touched.add(server.at)
+        if disputed or self._contested:
+            # who has an address has it for clients inside as well
+            touched |= {twin for at in touched if (twin := at._replace(inside=True)) in self._claims}
         for at in touched:
             self._settle(at, fresh)
         return touched
@@ -402,12 +414,23 @@ class Desired:
     @property
     def conflicts(self) -> tuple[Problem, ...]:
         """Services that want a virtual address which another Service has."""
-        claimed = [(at, *self._claims[at]) for at in sorted(self._contested)]
         return tuple(
-            Problem("services", 0, f"Service {loser}", "spec.clusterIP", f"{at} belongs to Service {owner}")
-            for at, owner, *losers in claimed
-            for loser in losers
+            Problem(
+                "services",
+                0,
+                f"Service {loser}",
+                self._field(loser, at),
+                f"{at} belongs to Service {self._claims[at][0]}",
+            )
+            for at in sorted(self._contested)
+            if not at.inside
+            for loser in self._claims[at][1:]
         )
+
+    def _field(self, name: ObjectName, at: VirtualAddress) -> str:
+        """What of a Service asks for a virtual address."""
+        kinds = (one.kind for one in virtual_servers(self._views[name], self.rules) if one.at == at)
+        return _FIELDS[next(kinds, Kind.CLUSTER_IP)]
 
     def _forget(self, name: ObjectName) -> tuple[VirtualAddress, ...]:
         addresses = self._addresses.pop(name, ())
@@ -450,11 +473,12 @@ class Desired:
 
     def _settle(self, at: VirtualAddress, fresh: dict[tuple[ObjectName, VirtualAddress], VirtualServer]) -> None:
         """Give `at` to the first of its claims."""
-        claims = self._claims.get(at)
-        if not claims:
+        claims = self._claims.get(at, ())
+        owners = self._claims.get(at._replace(inside=False), ()) if at.inside else claims
+        if not owners or owners[0] not in claims:
             self.servers.pop(at, None)
             return
-        owner = claims[0]
+        owner = owners[0]
         view = self._views[owner]
         server = fresh.get((owner, at))
         self.servers[at] = server or next(s for s in virtual_servers(view, self.rules) if s.at == at)

@@ -6,6 +6,7 @@ that stays as it is is never sent, which is why its counters go on counting.
 """
 
 import re
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
@@ -35,6 +36,8 @@ from .iptables_text import (
 from .model import Address, Family, Masquerade, NoServers, Protocol, RealServer, VirtualAddress, VirtualServer
 from .model import parse_address as _address
 
+SECTION = 100
+"""Servers whose chains go in one section, and four times as many chains that go: measured, 50 to 250 are alike."""
 FEW = 32
 """Rules of a long chain that are edited one by one; more of them, or a fourth of it, and it is sent whole."""
 
@@ -67,10 +70,12 @@ Wanted = Sequence[tuple[VirtualAddress, VirtualServer | None]]
 
 
 class Script(Struct, frozen=True):
-    """An iptables-restore input. `lines` and whose each is, by number from 1; `after`: what the books hold then."""
+    """An iptables-restore input. `blame`: ranges of lines (first, behind the last) and whose they are, in order;
+    `after`: what the books hold then.
+    """
 
     lines: list[str]
-    blame: dict[int, VirtualAddress]
+    blame: list[tuple[int, int, VirtualAddress]]
     after: list[tuple[VirtualAddress, Held | None]]
     closed: set[Address]
     whole: bool
@@ -80,20 +85,31 @@ class Script(Struct, frozen=True):
     def text(self, hits: Mapping[str, int] | None = None) -> str:
         """The input itself; with `hits` the counters of carried chains, for `--counters`."""
         if not hits:
-            return "".join(line + "\n" for line in self.lines)
+            return "\n".join([*self.lines, ""]) if self.lines else ""
         carried = {f"-A {name} -p ": hits.get(name, 0) for name in self.carried}
         width = len("-A KUBE-SEP-0123456789ABCDEF -p ")
         return "".join(
             f"[{carried[line[:width]]}:0] {line}\n" if line[:width] in carried else line + "\n" for line in self.lines
         )
 
+    def whose(self, line: int) -> VirtualAddress | None:
+        """The server that a line, counted from 1, is about."""
+        place = bisect_right(self.blame, line - 1, key=lambda each: each[0]) - 1
+        return self.blame[place][2] if place >= 0 and line - 1 < self.blame[place][1] else None
+
 
 class Books:
-    """Our servers in the tables of one family."""
+    """Our servers in the tables of one family.
 
-    def __init__(self, form: Form, family: Family) -> None:
+    `sections`: many servers' chains go in many short sections of nat, the rules that lead to them in a last one.
+    iptables-nft-restore looks each line's chain up in a list of all chains of its section (nft-cache.c), which takes
+    minutes for 40,000 of them; iptables-legacy-restore replaces the whole table for each section, and gets one.
+    """
+
+    def __init__(self, form: Form, family: Family, *, sections: bool = False) -> None:
         self.form = form
         self.family = family
+        self.sections = sections
         self.held: dict[VirtualAddress, Held] = {}
         self.owners: dict[str, VirtualAddress] = {}
         """KUBE-SVC chains and whose they are."""
@@ -108,9 +124,9 @@ class Books:
     # -------------------------------------------------------------------------------------------------- reading
 
     @classmethod
-    def read(cls, form: Form, family: Family, tables: Mapping[str, Table]) -> "Books":
+    def read(cls, form: Form, family: Family, tables: Mapping[str, Table], *, sections: bool = False) -> "Books":
         """From tables that are ours."""
-        books = cls(form, family)
+        books = cls(form, family, sections=sections)
         nat, filters = tables.get("nat", Table()), tables.get("filter", Table())
         for rule in nat.chains.get(SERVICES, ()):
             found = _portal(rule)
@@ -176,7 +192,8 @@ class Books:
         """The text that gives each of these addresses its wanted server; an empty one when they have it."""
         form = self.form
         named = self._names(wanted)
-        whole = whole or not self.tidy or any(at in self.held and self.held[at].damaged for at, _ in wanted)
+        held = self.held
+        whole = whole or not self.tidy or any(at in held and held[at].damaged for at, _ in wanted)
         declare: Chains = {}
         after: list[tuple[VirtualAddress, Held | None]] = []
         nat_edits: list[tuple[VirtualAddress, str, list[str], str, str]] = []
@@ -184,11 +201,13 @@ class Books:
         previous: set[str] = set(self.orphans) if whole else set()
         uses = Counter(self.uses)
         for at, new in wanted:
-            old = self.held.get(at)
-            before = render(form, old.server, old.seed) if old and not old.damaged else None
-            previous.update(old.chains if old else ())
+            old, before = held.get(at), None
+            if old is not None:
+                before = render(form, old.server, old.seed) if not old.damaged else None
+                previous.update(old.chains)
+                uses[at.address] -= 1
             portal_before, refusal_before = (before.portal, before.refusal) if before else ("", "")
-            uses[at.address] += (new is not None) - (old is not None)
+            uses[at.address] += new is not None
             if new is None:
                 after.append((at, None))
                 nat_edits.append((at, f"# - {at}", [], portal_before, ""))
@@ -199,19 +218,23 @@ class Books:
             kept = before.chains if before else {}
             changed = {name: rules for name, rules in rendered.chains.items() if kept.get(name) != rules}
             declare.update(changed)
-            lines = [f"-A {name} {rule}" for name, rules in changed.items() for rule in rules]
             head = f"# {'~' if old else '+'} {at} {service_text(form, at, new.label)}"
-            nat_edits.append((at, head, lines, portal_before, rendered.portal))
-            filter_edits.append((at, head, refusal_before, rendered.refusal))
-        remaining = {name for _, held in after if held for name in held.chains}
-        gone = sorted(previous - remaining)
+            if changed or portal_before or rendered.portal:
+                nat_edits.append((at, head, list(changed), portal_before, rendered.portal))
+            if refusal_before or rendered.refusal:
+                filter_edits.append((at, head, refusal_before, rendered.refusal))
+        if previous:
+            gone = sorted(previous.difference(*(one.chains for _, one in after if one)))
+            carried = frozenset(name for name in declare if name in previous and name.startswith("KUBE-SEP-"))
+        else:
+            gone, carried = [], frozenset()
         closed = {address for address, count in uses.items() if count > 0}
         edits = sum(was != now for *_, was, now in nat_edits) + sum(was != now for *_, was, now in filter_edits)
         whole = whole or edits > max(FEW, len(self.held) // 4)
         writer = _Writer()
-        self._filter(writer, filter_edits, closed, whole, {at for at, _ in wanted})
-        self._nat(writer, nat_edits, declare, gone, whole, {at for at, _ in wanted})
-        carried = frozenset(name for name in declare if name in previous and name.startswith("KUBE-SEP-"))
+        moving = {at for at, _ in wanted}
+        self._filter(writer, filter_edits, closed, whole, moving)
+        self._nat(writer, nat_edits, declare, gone, whole, moving)
         return Script(writer.lines, writer.blame, after, closed, whole, carried)
 
     def _names(self, wanted: Wanted) -> dict[VirtualAddress, str]:
@@ -228,7 +251,7 @@ class Books:
         for at, both in choices.items():
             if at not in named:
                 usual, own = both
-                owner = self.owners.get(chain_name("SVC", usual))
+                owner = self.owners.get(chain_name("SVC", usual)) if self.owners else None
                 named[at] = own if usual in taken or (owner is not None and owner not in moving) else usual
                 taken.add(named[at])
         return named
@@ -241,25 +264,24 @@ class Books:
         whole: bool,
         moving: set[VirtualAddress],
     ) -> None:
-        table: list[tuple[VirtualAddress | None, str]] = []
+        writer.begin("filter")
         if whole:
-            table += [(None, f":{SERVICES} - [0:0]"), (None, f":{CLUSTER_IPS} - [0:0]")]
+            writer.lines += [f":{SERVICES} - [0:0]", f":{CLUSTER_IPS} - [0:0]"]
             rest = (held.server for at, held in self.held.items() if at not in moving and not held.chains)
-            table += [(None, f"-A {SERVICES} {refusal(self.form, server)}") for server in rest]
+            writer.lines += [f"-A {SERVICES} {refusal(self.form, server)}" for server in rest]
         for at, head, was, now in edits:
             if whole:
-                table += [(None, head), (at, f"-A {SERVICES} {now}")] if now else []
+                if now:
+                    writer.block(at, head, (f"-A {SERVICES} {now}",))
             elif was != now:
-                table.append((None, head))
-                table += [(at, f"-D {SERVICES} {was}")] if was else []
-                table += [(at, f"-I {SERVICES} {now}")] if now else []
+                writer.block(at, head, _edits(was, now))
         if whole:
-            table.append((None, f"-A {SERVICES} {CLOSED}"))
-            table += [(None, f"-A {CLUSTER_IPS} {closed_ports(address)}") for address in sorted(closed)]
+            writer.lines.append(f"-A {SERVICES} {CLOSED}")
+            writer.lines += [f"-A {CLUSTER_IPS} {closed_ports(address)}" for address in sorted(closed)]
         else:
-            table += [(None, f"-D {CLUSTER_IPS} {closed_ports(each)}") for each in sorted(self.closed - closed)]
-            table += [(None, f"-I {CLUSTER_IPS} {closed_ports(each)}") for each in sorted(closed - self.closed)]
-        writer.table("filter", table)
+            writer.lines += [f"-D {CLUSTER_IPS} {closed_ports(each)}" for each in sorted(self.closed - closed)]
+            writer.lines += [f"-I {CLUSTER_IPS} {closed_ports(each)}" for each in sorted(closed - self.closed)]
+        writer.commit()
 
     def _nat(
         self,
@@ -270,23 +292,57 @@ class Books:
         whole: bool,
         moving: set[VirtualAddress],
     ) -> None:
-        table: list[tuple[VirtualAddress | None, str]] = [(None, f":{name} - [0:0]") for name in (*declare, *gone)]
+        split = self.sections and len(declare) + len(gone) > 4 * SECTION
+        if split:
+            self._chains_in_sections(writer, edits, declare)
+        writer.begin("nat")
+        if not split:
+            writer.lines += [f":{name} - [0:0]" for name in (*declare, *gone)]
         if whole:
-            table.append((None, f":{SERVICES} - [0:0]"))
+            writer.lines.append(f":{SERVICES} - [0:0]")
             rest = (held for at, held in self.held.items() if at not in moving and held.chains)
-            table += [(None, f"-A {SERVICES} {portal(self.form, held.server, held.chains[0])}") for held in rest]
-        for at, head, lines, was, now in edits:
-            if not (lines or (now if whole else was != now)):
-                continue
-            table.append((None, head))
-            table += [(at, line) for line in lines]
+            writer.lines += [f"-A {SERVICES} {portal(self.form, held.server, held.chains[0])}" for held in rest]
+        for at, head, chains, was, now in edits:
+            lines = [] if split else _appended(declare, chains)
             if whole:
-                table += [(at, f"-A {SERVICES} {now}")] if now else []
+                lines += [f"-A {SERVICES} {now}"] if now else []
             elif was != now:
-                table += [(at, f"-D {SERVICES} {was}")] if was else []
-                table += [(at, f"-I {SERVICES} {now}")] if now else []
-        table += [(None, f"-X {name}") for name in gone]
-        writer.table("nat", table)
+                lines += _edits(was, now)
+            if lines:
+                writer.block(at, head, lines)
+        if split:
+            writer.commit()
+            # emptied first, all of them: then none leads to another any more
+            for verb in (":{} - [0:0]", "-X {}"):
+                for start in range(0, len(gone), 4 * SECTION):
+                    writer.begin("nat")
+                    writer.lines += map(verb.format, gone[start : start + 4 * SECTION])
+                    writer.commit()
+        else:
+            writer.lines += [f"-X {name}" for name in gone]
+            writer.commit()
+
+    def _chains_in_sections(
+        self, writer: "_Writer", edits: list[tuple[VirtualAddress, str, list[str], str, str]], declare: Chains
+    ) -> None:
+        """Chains that nothing leads to yet, or that stay right whichever section is the last to be carried out."""
+        some = [edit for edit in edits if edit[2]]
+        for start in range(0, len(some), SECTION):
+            writer.begin("nat")
+            part = some[start : start + SECTION]
+            writer.lines += [f":{name} - [0:0]" for _, _, chains, _, _ in part for name in chains]
+            for at, head, chains, _, _ in part:
+                writer.block(at, head, _appended(declare, chains))
+            writer.commit()
+
+
+def _appended(declare: Chains, chains: Sequence[str]) -> list[str]:
+    return [f"-A {name} {rule}" for name in chains for rule in declare[name]]
+
+
+def _edits(was: str, now: str) -> list[str]:
+    """One rule of KUBE-SERVICES in place of another."""
+    return [*([f"-D {SERVICES} {was}"] if was else ()), *([f"-I {SERVICES} {now}"] if now else ())]
 
 
 class _Writer:
@@ -294,15 +350,26 @@ class _Writer:
 
     def __init__(self) -> None:
         self.lines: list[str] = []
-        self.blame: dict[int, VirtualAddress] = {}
+        self.blame: list[tuple[int, int, VirtualAddress]] = []
+        self._name = ""
 
-    def table(self, name: str, rows: list[tuple[VirtualAddress | None, str]]) -> None:
-        if rows:
-            self.lines.append(f"*{name}")
-            for at, line in rows:
-                self.lines.append(line)
-                if at is not None:
-                    self.blame[len(self.lines)] = at
+    def begin(self, name: str) -> None:
+        """A section of a table; one that stays empty leaves nothing behind."""
+        self._name = f"*{name}"
+        self.lines.append(self._name)
+
+    def block(self, at: VirtualAddress, head: str, lines: Sequence[str]) -> None:
+        """The lines of one server, behind a comment that names it."""
+        self.lines.append(head)
+        start = len(self.lines)
+        self.lines += lines
+        self.blame.append((start, len(self.lines), at))
+
+    def commit(self) -> None:
+        """The end of the section."""
+        if self.lines[-1] is self._name:
+            self.lines.pop()
+        else:
             self.lines.append("COMMIT")
 
 

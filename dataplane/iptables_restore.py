@@ -321,11 +321,14 @@ class IptablesBackend:
 
     def _read(self, family: Family, tables: Mapping[str, Table], *, owned: bool = False) -> Books:
         ours = {name: table for name, table in tables.items() if owned or table.owned}
-        return Books.read(self._form, family, ours)
+        return Books.read(self._form, family, ours, sections=self._sections(family))
+
+    def _sections(self, family: Family) -> bool:
+        return family in self._tools and self._tools[family].flavour == "nft"
 
     def _book_of(self, family: Family) -> Books:
         if family not in self._books:
-            self._books[family] = Books(self._form, family)
+            self._books[family] = Books(self._form, family, sections=self._sections(family))
         return self._books[family]
 
     def _book(self, at: VirtualAddress) -> Books:
@@ -410,7 +413,7 @@ class IptablesBackend:
 def _blamed(told: str, script: Script) -> VirtualAddress | None:
     """The object whose line a failed restore names."""
     found = _LINE.search(told)
-    return script.blame.get(int(found[1])) if found else None
+    return script.whose(int(found[1])) if found else None
 
 
 def _settings(tables: Mapping[str, Table]) -> dict[str, int]:

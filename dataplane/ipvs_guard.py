@@ -185,7 +185,7 @@ class Guard:
         seen.hairpins.update(each.key[0] for each in self._read(_HAIRPIN) if each.key[0] == each.key[1])
         for (address, protocol, port), *_ in self._read(_DROPPED):
             seen.dropped.add(VirtualAddress(protocol, address, port))
-        for (address, protocol, port), _, _, verdict, _ in self._read(_EXCEPTIONS):
+        for (address, protocol, port), _, _, verdict, *_ in self._read(_EXCEPTIONS):
             # a verdict that is not ours counts as DETECT, which nobody asks for: so it differs, and is replaced
             meaning = _MASQUERADES.get(verdict, Masquerade.DETECT) if isinstance(verdict, tuple) else Masquerade.DETECT
             seen.masquerade[VirtualAddress(protocol, address, port)] = meaning

@@ -9,7 +9,7 @@ sort numerically and cost a third of an `ipaddress` object.
 """
 
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from enum import Enum, IntEnum
 from typing import NamedTuple, NewType
 
@@ -60,13 +60,14 @@ def parse_address(text: str) -> Address:
 
 def format_address(address: bytes) -> str:
     """Canonical text of a packed address (RFC 5952 for IPv6, as inet_ntop prints it)."""
-    return socket.inet_ntop(family_of(address), address)
+    return socket.inet_ntoa(address) if len(address) == 4 else socket.inet_ntop(socket.AF_INET6, address)
 
 
 def format_endpoint(address: bytes, port: int) -> str:
     """`10.0.1.175:80` or `[fd00::1]:80`."""
-    text = format_address(address)
-    return f"{text}:{port}" if len(address) == 4 else f"[{text}]:{port}"
+    if len(address) == 4:
+        return f"{socket.inet_ntoa(address)}:{port}"
+    return f"[{format_address(address)}]:{port}"
 
 
 class Network(Struct, frozen=True, gc=False):
@@ -80,6 +81,12 @@ class Network(Struct, frozen=True, gc=False):
             return False
         shift = 8 * len(address) - self.prefix
         return int.from_bytes(address) >> shift == int.from_bytes(self.address) >> shift
+
+    @property
+    def last(self) -> Address:
+        """Its last address."""
+        host = (1 << 8 * len(self.address) - self.prefix) - 1
+        return Address((int.from_bytes(self.address) | host).to_bytes(len(self.address)))
 
     def __str__(self) -> str:
         return f"{format_address(self.address)}/{self.prefix}"
@@ -96,6 +103,15 @@ def parse_network(text: str) -> Network:
     shift = width - prefix
     masked = (int.from_bytes(address) >> shift << shift).to_bytes(len(address))
     return Network(Address(masked), prefix)
+
+
+def between(first: bytes, last: bytes) -> Iterator[Network]:
+    """The ranges that hold the addresses from `first` to `last`; one range where it came from one."""
+    width, low, high = 8 * len(first), int.from_bytes(first), int.from_bytes(last)
+    while low <= high:
+        span = min((low & -low).bit_length() - 1 if low else width, (high - low + 1).bit_length() - 1)
+        yield Network(Address(low.to_bytes(len(first))), width - span)
+        low += 1 << span
 
 
 def disjoint(networks: Iterable[Network]) -> tuple[Network, ...]:

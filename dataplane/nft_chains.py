@@ -2,6 +2,8 @@
 
     pick4_3           the index is random below 3
     sticky4_10800_3   the number this client had, if that endpoint is alive, else a new one
+    inside_…          the same among the endpoints for clients inside the cluster
+    local_…           clients inside the cluster to inside4, the others to the chain of the rest of the name
     keep4_10800       affinity4 keeps what is there, and its clock starts again
     renew4_10800      affinity4 takes the new number
 
@@ -9,14 +11,14 @@ None of them names a map of endpoints: the kernel walks a whole map for each rul
 (nf_tables_bind_set: 2 ms among 30,000 elements, 20 ms among 120,000; a chain like these: 25 us among any number), and
 checks each new element against every such rule (256 rules: twice the time to load). `keep` and `renew` name the map of
 clients; there is a pair for each affinity time in use, and the API server's default is nearly always the only one.
-`nft` 1.0.6 itself runs out of registers on the IPv6 `update`, but lists it well.
+`nft` 1.0.6 itself runs out of registers on the masks of `update`, but lists them well.
 """
 
 from typing import NamedTuple
 
 from . import nftables_messages as nft
 from .netlink_socket import NLM_F_CREATE, NLM_F_EXCL
-from .nft_layout import TABLE, chain_parts
+from .nft_layout import HOME_BITS, INSIDE, NUMBER_BITS, TABLE, chain_parts
 from .nlattr import NlAttrs, attr, be32, be64, blob, cstring, header, padding, u32_bytes
 
 _APPEND = 0x800
@@ -58,6 +60,15 @@ class _Numgen(NlAttrs):
     dreg = attr(1, be32)
     modulus = attr(2, be32)
     type = attr(3, be32)
+    offset = attr(4, be32)
+
+
+class _Bitwise(NlAttrs):
+    """NFTA_BITWISE_*; mask and xor are nested data (4 and 5)."""
+
+    sreg = attr(1, be32)
+    dreg = attr(2, be32)
+    len = attr(3, be32)
 
 
 class _Dynset(NlAttrs):
@@ -103,33 +114,35 @@ def _compare(register: int, operation: int, value: bytes) -> bytes:
     return _expression("cmp", _Cmp.encode(sreg=register, op=operation) + _nested(3, data))
 
 
-def _random(count: int) -> list[bytes]:
+def _random(count: int, first: int) -> list[bytes]:
+    offset = {"offset": first} if first else {}
     return [
-        _expression("numgen", _Numgen.encode(dreg=8, modulus=count, type=1)),
+        _expression("numgen", _Numgen.encode(dreg=8, modulus=count, type=1, **offset)),
         _expression("meta", _Meta.encode(key=_PRIORITY, sreg=8)),
     ]
 
 
-def _client(family: int) -> tuple[int, list[bytes]]:
-    """Client, VIP, protocol and port in registers from 8 on; the first register behind them."""
+def _masked(register: int, mask: int) -> list[bytes]:
+    """The priority, with a mask, in a register."""
+    told = _Bitwise.encode(sreg=register, dreg=register, len=4)
+    told += _nested(4, nft.DataAttrs.encode(value=u32_bytes(mask)))
+    told += _nested(5, nft.DataAttrs.encode(value=u32_bytes(0)))
+    return [_expression("meta", _Meta.encode(dreg=register, key=_PRIORITY)), _expression("bitwise", told)]
+
+
+def _affinity(family: int, operation: int, seconds: int) -> list[bytes]:
+    """Client and Service port in registers from 8 on, the endpoint's number behind them."""
     offset, width = (12, 4) if family == 4 else (8, 16)
-    words = width // 4
+    home = 8 + width // 4
     load = [
         _expression("meta", _Meta.encode(dreg=8, key=_NFPROTO)),
         _compare(8, 0, bytes((nft.IP if family == 4 else nft.IP6,))),
         _expression("payload", _Payload.encode(dreg=8, base=1, offset=offset, len=width)),
-        _expression("payload", _Payload.encode(dreg=8 + words, base=1, offset=offset + width, len=width)),
-        _expression("meta", _Meta.encode(dreg=8 + 2 * words, key=_L4PROTO)),
-        _expression("payload", _Payload.encode(dreg=9 + 2 * words, base=2, offset=2, len=2)),
+        *_masked(home, HOME_BITS),
+        *_masked(home + 1, HOME_BITS | NUMBER_BITS),
     ]
-    return 10 + 2 * words, load
-
-
-def _affinity(family: int, operation: int, seconds: int) -> list[bytes]:
-    register, load = _client(family)
-    load.append(_expression("meta", _Meta.encode(dreg=register, key=_PRIORITY)))
     timeout = {"timeout": seconds * 1000} if operation == _DYNSET_UPDATE else {}
-    told = _Dynset.encode(set=f"affinity{family}", op=operation, key=8, data=register, **timeout)
+    told = _Dynset.encode(set=f"affinity{family}", op=operation, key=8, data=home + 1, **timeout)
     return [*load, _expression("dynset", told)]
 
 
@@ -179,33 +192,42 @@ def chain_of(name: str) -> MadeChain | None:
     family = int(head[-1]) if head[-1:] in ("4", "6") else 0
     if head[:-1] in ("keep", "renew") and family and len(numbers) == 1 and numbers[0].isdecimal():
         return MadeChain(name, _affinity_rules(family, head.startswith("renew"), int(numbers[0])))
-    kind, seconds, count = chain_parts(name)
-    if kind == "pick":
-        text = f"meta priority set numgen random mod {count} goto dnat{family}"
-        return MadeChain(name, (MadeRule(text, [*_random(count), _verdict(_GOTO, f"dnat{family}")]),))
-    if kind == "sticky":
-        had = [_expression("meta", _Meta.encode(dreg=8, key=_PRIORITY)), _compare(8, _NOT_EQUAL, u32_bytes(0))]
-        pick = f"meta priority set numgen random mod {count} jump number{family}"
-        return MadeChain(
-            name,
-            (
-                MadeRule(f"jump recall{family}", [_verdict(_JUMP, f"recall{family}")]),
-                MadeRule(
-                    f"meta priority != 0 goto keep{family}_{seconds}",
-                    [*had, _verdict(_GOTO, f"keep{family}_{seconds}")],
-                ),
-                MadeRule(pick, [*_random(count), _verdict(_JUMP, f"number{family}")]),
-                MadeRule(f"goto renew{family}_{seconds}", [_verdict(_GOTO, f"renew{family}_{seconds}")]),
-            ),
-        )
-    return None
+    parts = chain_parts(name)
+    if not parts.kind:
+        return None
+    family = int(name.split("_")[1 if parts.place else 0][-1])
+    if parts.place == "local":
+        rest = name.removeprefix("local_")
+        rules = [MadeRule(f"jump insiders{family}", [_verdict(_JUMP, f"insiders{family}")])]
+        rules += [MadeRule(f"goto {rest}", [_verdict(_GOTO, rest)])] if parts.slots else []
+        return MadeChain(name, tuple(rules))
+    return MadeChain(name, _picking(family, parts.seconds, parts.slots, inside=parts.place == "inside"))
+
+
+def _picking(family: int, seconds: int, count: int, *, inside: bool) -> tuple[MadeRule, ...]:
+    """Take one of `count` slots, or whom the client had."""
+    first = INSIDE if inside else 0
+    pick = f"meta priority set numgen random mod {count}{f' offset {first}' if first else ''}"
+    if not seconds:
+        text = f"{pick} goto dnat{family}"
+        return (MadeRule(text, [*_random(count, first), _verdict(_GOTO, f"dnat{family}")]),)
+    had = [_expression("meta", _Meta.encode(dreg=8, key=_PRIORITY)), _compare(8, _NOT_EQUAL, u32_bytes(0))]
+    recall = f"recall_inside{family}" if inside else f"recall{family}"
+    keep, renew = f"keep{family}_{seconds}", f"renew{family}_{seconds}"
+    return (
+        MadeRule(f"jump {recall}", [_verdict(_JUMP, recall)]),
+        MadeRule(f"meta priority != 0 goto {keep}", [*had, _verdict(_GOTO, keep)]),
+        MadeRule(f"{pick} jump number{family}", [*_random(count, first), _verdict(_JUMP, f"number{family}")]),
+        MadeRule(f"goto {renew}", [_verdict(_GOTO, renew)]),
+    )
 
 
 def _affinity_rules(family: int, renew: bool, seconds: int) -> tuple[MadeRule, ...]:
     word = "ip" if family == 4 else "ip6"
-    key = f"{word} saddr . {word} daddr . meta l4proto . th dport"
-    dead = MadeRule(f"delete @affinity{family} {{ {key} : meta priority }}", _affinity(family, _DYNSET_DELETE, 0))
-    text = f"update @affinity{family} {{ {key} timeout {seconds}s : meta priority }}"
+    key = f"{word} saddr . meta priority & {HOME_BITS >> 16:x}:0"
+    number = "meta priority & 7fff:ffff"
+    dead = MadeRule(f"delete @affinity{family} {{ {key} : {number} }}", _affinity(family, _DYNSET_DELETE, 0))
+    text = f"update @affinity{family} {{ {key} timeout {seconds}s : {number} }}"
     update = MadeRule(text, _affinity(family, _DYNSET_UPDATE, seconds))
     to_endpoint = MadeRule(f"goto dnat{family}", [_verdict(_GOTO, f"dnat{family}")])
     return (dead, update, to_endpoint) if renew else (update, to_endpoint)
@@ -213,6 +235,8 @@ def _affinity_rules(family: int, renew: bool, seconds: int) -> tuple[MadeRule, .
 
 def needed(chain: str) -> list[str]:
     """The chain and those it leads to that are made on demand as well, the last one first."""
-    kind, seconds, _ = chain_parts(chain)
-    family = chain.split("_")[0][-1:]
+    place, kind, seconds, slots = chain_parts(chain)
+    if place == "local":
+        return [*(needed(chain.removeprefix("local_")) if slots else ()), chain]
+    family = chain.removeprefix("inside_").split("_")[0][-1:]
     return [f"keep{family}_{seconds}", f"renew{family}_{seconds}", chain] if kind == "sticky" else [chain]

@@ -4,14 +4,17 @@ An `Entry` is everything the table holds of one virtual address. `layout` gives 
 one it has: elements that need not change stay, and with them the kernel's counters. `difference` of two entries is what
 travels; `server_of` reads an entry back.
 
-Slots are dense, 0 to N-1, since the index of a new connection is random below N. When one goes, the last one moves into
-its place. With affinity an endpoint also has a number, the smallest that is free: clients are remembered by numbers, so
-that moving slots moves no client.
+Slots are dense, 0 to N-1, since the index of a new connection is random below N. When one goes, the last one moves
+into its place. With affinity an endpoint also has a number, and clients are remembered by numbers, so that moving slots
+moves no client; and each Service port has one, by which all of its addresses share what they remember.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
+from itertools import chain as joined
 from math import gcd
+from typing import NamedTuple
 
 from msgspec import Struct, field
 
@@ -19,7 +22,9 @@ from . import nftables_messages as nft
 from .model import (
     Address,
     Forwarding,
+    Kind,
     Masquerade,
+    Network,
     NoServers,
     Protocol,
     RealServer,
@@ -33,63 +38,99 @@ TABLE = "dataplane-nftables"
 SCHEDULER = "random"
 SLOTS = 256
 """Weights are scaled down to so many slots, unless there are more endpoints than that."""
+ROWS = 64
+"""Endpoints of a new server that are packed in one piece."""
 
 Target = tuple[Address, int]
 """Address and port of an endpoint."""
 
 
-class Entry(Struct):
+INSIDE = 1 << 31
+"""Added to the indexes of servers for clients inside the cluster, whose address is another server's as well."""
+HOME_BITS, NUMBER_BITS = 0x7FFF_0000, 0x0000_FFFF
+"""An endpoint's number: that of its Service's port above, its own below. So one priority says both."""
+
+
+class Entry(Struct, gc=False):
     """What the table holds of one virtual address."""
 
     chain: str = ""
-    """Where `services` sends it: "pick4_3", "sticky6_10800_2"; "" = nowhere."""
+    """Where `services` (or `inside`) sends it: "pick4_3", "inside_sticky6_10800_2"; "" = nowhere."""
     refused: str = ""
     """What `no_endpoints` does with it: "refuse" or "drop"; "" = it is not there."""
-    label: str = ""
+    comment: str = ""
+    """Whose it is and at what kind of address."""
     endpoints: dict[int, Target] = field(default_factory=dict)
     """Index -> endpoint: by slot, or with affinity by number."""
     numbers: dict[int, int] = field(default_factory=dict)
     """With affinity: slot -> number."""
     alive: set[int] = field(default_factory=set)
     idle: set[Target] = field(default_factory=set)
+    home: int = 0
+    """With affinity: the number of the Service's port."""
+    masquerade: str = ""
+    """The chain of `masquerade`; "" = it is not there."""
+    external: bool = False
+    allowed: tuple[Network, ...] = ()
 
     def slots(self) -> list[Target | None]:
         """The endpoint of each slot the chain draws from; None = it leads nowhere."""
-        kind, _, count = chain_parts(self.chain)
+        place, kind, _, count = chain_parts(self.chain)
+        first = INSIDE if place == "inside" else 0
         if kind == "sticky":
-            return [self.endpoints.get(self.numbers.get(slot, 0)) for slot in range(count)]
-        return [self.endpoints.get(slot) for slot in range(count)]
+            return [self.endpoints.get(self.numbers.get(first + slot, 0)) for slot in range(count)]
+        return [self.endpoints.get(first + slot) for slot in range(count)]
 
     def whole(self) -> bool:
         """Nothing is missing and nothing is too much."""
-        kind, _, count = chain_parts(self.chain)
-        if bool(self.chain) == bool(self.refused) or None in self.slots():
+        place, kind, _, count = chain_parts(self.chain)
+        if bool(count) == bool(self.refused) or None in self.slots():
             return False
-        if kind == "sticky":
+        if (place == "local") != (self.masquerade == "masquerade_node"):
+            return False
+        if kind == "sticky" and count:
             used = set(self.numbers.values())
             return len(self.numbers) == count and self.endpoints.keys() == used == self.alive
         return len(self.endpoints) == count and not self.numbers and not self.alive
 
 
 NOTHING = Entry()
+_NONE: tuple[dict[int, int], set[int], set[Target]] = ({}, set(), set())
+"""Numbers, alive and idle of all servers that have none: nobody changes an entry that `layout` has made."""
+
+
+class Parts(NamedTuple):
+    """What a chain's name says. `place`: "inside" (for clients inside the cluster), "local" (looks for those first), or
+    ""; `kind`: "sticky", "pick", or "" for what is none of ours."""
+
+    place: str
+    kind: str
+    seconds: int
+    slots: int
 
 
 @lru_cache(maxsize=4096)
-def chain_name(width: int, seconds: int, slots: int) -> str:
+def chain_name(width: int, seconds: int, slots: int, place: str = "") -> str:
     """The chain that picks one of `slots`, for addresses of `width` bytes."""
     family = 4 if width == 4 else 6
-    return f"sticky{family}_{seconds}_{slots}" if seconds else f"pick{family}_{slots}"
+    name = f"sticky{family}_{seconds}_{slots}" if seconds else f"pick{family}_{slots}"
+    return f"{place}_{name}" if place else name
 
 
 @lru_cache(maxsize=4096)
-def chain_parts(name: str) -> tuple[str, int, int]:
-    """("sticky", seconds, slots), ("pick", 0, slots), or ("", 0, 0) for what is none of ours."""
+def chain_parts(name: str) -> Parts:
+    """The reverse."""
     head, *numbers = name.split("_")
-    if head in ("pick4", "pick6") and len(numbers) == 1 and numbers[0].isdecimal():
-        return "pick", 0, int(numbers[0])
-    if head in ("sticky4", "sticky6") and len(numbers) == 2 and all(each.isdecimal() for each in numbers):
-        return "sticky", int(numbers[0]), int(numbers[1])
-    return "", 0, 0
+    place = ""
+    if head in ("inside", "local") and numbers:
+        place, head, numbers = head, numbers[0], numbers[1:]
+    if not all(each.isdecimal() for each in numbers):
+        return Parts("", "", 0, 0)
+    if head in ("pick4", "pick6") and len(numbers) == 1:
+        return Parts(place, "pick", 0, int(numbers[0]))
+    if head in ("sticky4", "sticky6") and len(numbers) == 2:
+        return Parts(place, "sticky", int(numbers[0]), int(numbers[1]))
+    return Parts("", "", 0, 0)
 
 
 # ------------------------------------------------------------------------------------------------ server <-> entry
@@ -99,14 +140,19 @@ def canonical(server: VirtualServer) -> VirtualServer:
     """What of a server this mode can hold.
 
     The choice is random, and weights are slots, hence small whole numbers; weight 0 stays 0. A server that has nobody
-    to send to has no affinity, and one that has does not say what it would do otherwise.
+    to send to has no affinity (unless others lead through it), and one that has does not say what it would do
+    otherwise. Servers for clients inside have no settings of their own besides their endpoints.
     """
+    at = server.at
     reals = server.real_servers
+    if at.inside:
+        reals = tuple(real for real in reals if real.weight)
     weights = slot_counts([real.weight for real in reals])
     serves = any(weights)
-    sticky = server.persistence if serves else 0
+    sticky = server.persistence if serves or (server.masquerade is Masquerade.NODE and not server.bound) else 0
+    bound = server.bound and not at.inside
     return VirtualServer(
-        server.at,
+        at,
         tuple(
             real
             if real.weight == weight and real.forwarding is Forwarding.MASQ and not real.upper_threshold
@@ -116,11 +162,13 @@ def canonical(server: VirtualServer) -> VirtualServer:
         SCHEDULER,
         0,
         sticky,
-        8 * len(server.at.address) if sticky else 32,
-        Masquerade.DETECT,
+        8 * len(at.address) if sticky else 32,
+        Masquerade.NODE if at.inside else server.masquerade,
         NoServers.REJECT if serves else server.no_servers,
-        server.bound,
+        bound,
         nft.owner_comment(server.label),
+        Kind.CLUSTER_IP if bound else server.kind,
+        () if at.inside else server.allowed,
     )
 
 
@@ -140,39 +188,115 @@ def slot_counts(weights: list[int]) -> list[int]:
     return counts
 
 
-def layout(server: VirtualServer, held: Entry) -> Entry:
-    """The entry of a canonical server, as close to the held one as can be."""
-    label = nft.owner_comment(server.label)
-    if held is NOTHING and not server.persistence and server.real_servers:
+def layout(server: VirtualServer, held: Entry, homes: "Homes") -> Entry:
+    """The entry of a canonical server, as close to the held one as can be; `homes` has the numbers that go with it."""
+    at = server.at
+    comment = nft.owner_comment(server.label, server.kind)
+    if held is NOTHING and server.bound and not server.persistence and server.real_servers and not server.allowed:
         targets = [(real.address, real.port) for real in server.real_servers if real.weight == 1]
-        if len(targets) == len(server.real_servers):  # a new server as most are: a slot for each
-            return Entry(chain_name(len(server.at.address), 0, len(targets)), "", label, dict(enumerate(targets)))
+        if len(targets) == len(server.real_servers) and server.masquerade is Masquerade.DETECT:
+            # a new server as most are: a slot for each
+            return Entry(chain_name(len(at.address), 0, len(targets)), "", comment, dict(enumerate(targets)), *_NONE)
     wanted: dict[Target, int] = {}
-    idle = set()
+    entry = Entry(comment=comment)
     for real in server.real_servers:
         if real.weight:
             wanted[real.address, real.port] = real.weight
         else:
-            idle.add((real.address, real.port))
-    if not wanted:
-        refused = "drop" if server.no_servers is NoServers.DROP else "refuse"
-        return Entry("", refused, label, idle=idle)
+            entry.idle.add((real.address, real.port))
+    if not at.inside:
+        entry.external, entry.allowed = not server.bound, server.allowed
+        if entry.external or server.masquerade is not Masquerade.DETECT:
+            entry.masquerade = MASQUERADES[server.masquerade]
+        entry.home = homes.port(server) if server.persistence else 0
+        if not wanted:
+            entry.refused = "drop" if server.no_servers is NoServers.DROP else "refuse"
+    place = "inside" if at.inside else "local" if entry.masquerade == "masquerade_node" else ""
+    if not wanted and not place:
+        return entry
     slots = _slots(wanted, held.slots())
-    chain = chain_name(len(server.at.address), server.persistence, len(slots))
+    entry.chain = chain_name(len(at.address), server.persistence, len(slots), place)
+    first = INSIDE if at.inside else 0
     if not server.persistence:
-        return Entry(chain, "", label, dict(enumerate(slots)), idle=idle)
-    known: dict[Target, int] = {}
-    if chain_parts(held.chain)[0] == "sticky":
-        known = {target: number for number, target in held.endpoints.items() if number and target in wanted}
-    taken = set(known.values())
-    free = (number for number in range(1, len(wanted) + len(taken) + 1) if number not in taken)
-    for target in wanted:
-        if target not in known:
-            known[target] = next(free)
-    endpoints = {number: target for target, number in known.items()}
-    return Entry(
-        chain, "", server.label, endpoints, dict(enumerate(map(known.__getitem__, slots))), set(endpoints), idle
-    )
+        entry.endpoints = dict(enumerate(slots, first))
+        return entry
+    home = homes.port(server)
+    known = {target: first | homes.number(home, target) for target in wanted}
+    entry.endpoints = {number: target for target, number in known.items()}
+    entry.numbers = dict(enumerate(map(known.__getitem__, slots), first))
+    entry.alive = set(entry.endpoints)
+    return entry
+
+
+class Homes:
+    """With affinity: the numbers of Service ports, and of the endpoints of each.
+
+    All addresses of a Service port use the same, so that a client is remembered at all of them. A number stays an
+    endpoint's as long as the endpoint serves at one of them.
+    """
+
+    def __init__(self) -> None:
+        self._ports: dict[str, int] = {}
+        self._names: dict[int, str] = {}
+        self._numbers: dict[int, dict[Target, int]] = {}
+        self._uses: Counter[tuple[int, Target | None]] = Counter()
+
+    def port(self, server: VirtualServer) -> int:
+        """The number of a server's Service port."""
+        name = _port_name(server.at, server.label)
+        if name not in self._ports:
+            free = (number << 16 for number in range(1, HOME_BITS >> 16) if number << 16 not in self._names)
+            self._learn(name, next(free))
+        return self._ports[name]
+
+    def number(self, home: int, target: Target) -> int:
+        """The number of an endpoint of a Service port."""
+        numbers = self._numbers[home]
+        if target not in numbers:
+            taken = set(numbers.values())
+            numbers[target] = next(number for number in range(home + 1, home + NUMBER_BITS) if number not in taken)
+        return numbers[target]
+
+    def learn(self, at: VirtualAddress, entry: Entry) -> None:
+        """Take over what the table holds."""
+        home = entry.home or next(iter(entry.numbers.values()), 0) & HOME_BITS
+        if not home:
+            return
+        self._learn(_port_name(at, nft.read_owner(entry.comment)[0]), home)
+        for number, target in entry.endpoints.items():
+            self._numbers[home].setdefault(target, number & ~INSIDE)
+        self.replace(NOTHING, entry)
+
+    def replace(self, old: Entry, new: Entry) -> None:
+        """An entry took another's place: numbers that nobody has any more are free."""
+        if not (old.home or new.home or old.numbers or new.numbers):
+            return
+        gone: list[tuple[int, Target | None]] = []
+        for entry, step in ((new, 1), (old, -1)):
+            uses: list[tuple[int, Target | None]] = [(entry.home, None)] if entry.home else []
+            if entry.numbers:
+                uses += [(number & HOME_BITS, target) for number, target in entry.endpoints.items()]
+            for use in uses:
+                self._uses[use] += step
+                if self._uses[use] <= 0:
+                    gone.append(use)
+        for home, whose in gone:
+            del self._uses[home, whose]
+            if whose is not None:
+                self._numbers.get(home, {}).pop(whose, None)
+            else:
+                self._ports.pop(self._names.pop(home, ""), None)
+                self._numbers.pop(home, None)
+
+    def _learn(self, name: str, home: int) -> None:
+        self._ports.setdefault(name, home)
+        self._names.setdefault(home, name)
+        self._numbers.setdefault(home, {})
+
+
+def _port_name(at: VirtualAddress, label: str) -> str:
+    """What addresses of one Service port have in common; one without a name is alone."""
+    return f"{label} {at.protocol}" if label else f"{at.protocol} {at.address.hex()} {at.port}"
 
 
 def _slots(wanted: dict[Target, int], held: list[Target | None]) -> list[Target]:
@@ -206,7 +330,8 @@ def server_of(at: VirtualAddress, entry: Entry, vips: set[Address], hairpins: se
         if target is not None:
             weights[target] = weights.get(target, 0) + 1
     reals = [RealServer(address, port, weight, address in hairpins) for (address, port), weight in weights.items()]
-    sticky = chain_parts(entry.chain)[1]
+    sticky = chain_parts(entry.chain).seconds
+    label, kind = nft.read_owner(entry.comment)
     return VirtualServer(
         at,
         tuple(sorted(reals)),
@@ -214,11 +339,21 @@ def server_of(at: VirtualAddress, entry: Entry, vips: set[Address], hairpins: se
         0,
         sticky,
         8 * len(at.address) if sticky else 32,
-        Masquerade.DETECT,
+        Masquerade.NODE if at.inside else _MEANINGS.get(entry.masquerade, Masquerade.DETECT),
         NoServers.DROP if entry.refused == "drop" else NoServers.REJECT,
-        at.address in vips,
-        entry.label,
+        not entry.external and not at.inside and at.address in vips,
+        label,
+        kind,
+        entry.allowed,
     )
+
+
+MASQUERADES = {
+    Masquerade.DETECT: "masquerade_clients",
+    Masquerade.ALWAYS: "masquerade_always",
+    Masquerade.NODE: "masquerade_node",
+}
+_MEANINGS = {chain: meaning for meaning, chain in MASQUERADES.items()}
 
 
 # ------------------------------------------------------------------------------------------------------- elements
@@ -233,19 +368,23 @@ def _wires(kind: str) -> dict[int, nft.SetWire]:
             "endpoints": (*server, nft.HOST32),
             "numbers": (*server, nft.HOST32),
             "alive": (*server, nft.HOST32),
-            "affinity": (address, *server),
+            "affinity": (address, nft.HOST32),
+            "allowed": (*server, address),
             "idle": (*server, address, nft.PORT),
             "cluster_ips": (address,),
             "hairpin": (address, address),
         }
-        data = {"endpoints": (address, nft.PORT), "numbers": (nft.HOST32,), "affinity": (nft.HOST32,)}
+        data: dict[str, tuple[nft.Field, ...]] = {"endpoints": (address, nft.PORT)}
+        data |= dict.fromkeys(("numbers", "affinity", "homes"), (nft.HOST32,))
         return nft.SetWire(nft.INET, TABLE, f"{kind}{suffix}", keys.get(kind, server), data.get(kind, ()))
 
     return {4: wire(nft.IPV4, 4), 16: wire(nft.IPV6, 6)}
 
 
 SERVICES, NO_ENDPOINTS, ENDPOINTS = _wires("services"), _wires("no_endpoints"), _wires("endpoints")
-NUMBERS, ALIVE, IDLE = _wires("numbers"), _wires("alive"), _wires("idle")
+NUMBERS, ALIVE, IDLE, HOMES = _wires("numbers"), _wires("alive"), _wires("idle"), _wires("homes")
+INSIDERS, EXTERNAL, MASQUERADE = _wires("inside"), _wires("external"), _wires("masquerade")
+RANGED, ALLOWED = _wires("ranged"), _wires("allowed")
 VIPS, HAIRPIN, AFFINITY = _wires("cluster_ips"), _wires("hairpin"), _wires("affinity")
 SETTINGS = nft.SetWire(nft.INET, TABLE, "settings", (nft.HOST32,))
 
@@ -264,21 +403,28 @@ class Difference(Struct):
 
     def apply(self, at: VirtualAddress, old: Entry, new: Entry) -> None:
         """Add what turns one entry of a virtual address into another."""
-        protocol, address, port, _ = at
+        protocol, address, port, inside = at
         width = len(address)
-        if old is NOTHING and new.chain and not new.numbers and not new.idle:  # a new server as most are
-            pack = _going(width, new.chain, len(new.label))
-            label = (new.label.encode("ascii"),) if new.label else ()
-            self.add.setdefault(SERVICES[width], []).append(pack(address, protocol, port, *label))
-            wire = ENDPOINTS[width]
-            plain = wire.plain
-            self.add.setdefault(wire, []).extend(
-                [plain(address, protocol, port, u32_bytes(i), real, to) for i, (real, to) in new.endpoints.items()]
-            )
+        if old is NOTHING and new.chain and not (new.numbers or new.idle or new.masquerade or inside):
+            # a new server as most are
+            pack = _going(width, new.chain, len(new.comment))
+            comment = (new.comment.encode("ascii"),) if new.comment else ()
+            self.add.setdefault(SERVICES[width], []).append(pack(address, protocol, port, *comment))
+            wire, targets = ENDPOINTS[width], new.endpoints.values()
+            if len(targets) <= ROWS:
+                packed = wire.rows(len(targets))(address, protocol, port, *joined.from_iterable(targets))
+                self.add.setdefault(wire, []).append(packed)
+            else:
+                plain = wire.plain
+                self.add.setdefault(wire, []).extend(
+                    [plain(address, protocol, port, u32_bytes(i), real, to) for i, (real, to) in new.endpoints.items()]
+                )
+            if new.allowed or new.external:
+                self._apply_external(at, old, new)
             return
         remove, add = self.remove.setdefault, self.add.setdefault
         counted = self.counted if new is not NOTHING else self.remove
-        relabelled = old.label != new.label
+        renamed = old.comment != new.comment
         if old.endpoints != new.endpoints:
             wire = ENDPOINTS[width]
             before, after = old.endpoints, new.endpoints
@@ -309,20 +455,52 @@ class Difference(Struct):
                 remove(wire, []).append(wire.key(address, protocol, port, *target))
             for target in new.idle - old.idle:
                 add(wire, []).append(wire.element(address, protocol, port, *target))
-        if old.chain != new.chain or (relabelled and new.chain):
-            wire = SERVICES[width]
+        if old.chain != new.chain or (renamed and new.chain):
+            wire = (INSIDERS if inside else SERVICES)[width]
             if old.chain:
                 remove(wire, []).append(wire.key(address, protocol, port))
             if new.chain:
                 verdict = nft.goto(new.chain)
-                add(wire, []).append(wire.element(address, protocol, port, comment=new.label, verdict=verdict))
-        if old.refused != new.refused or (relabelled and new.refused):
+                add(wire, []).append(wire.element(address, protocol, port, comment=new.comment, verdict=verdict))
+        if old.refused != new.refused or (renamed and new.refused):
             wire = NO_ENDPOINTS[width]
             if old.refused:
                 remove(wire, []).append(wire.key(address, protocol, port))
             if new.refused:
                 verdict = REFUSALS[new.refused]
-                add(wire, []).append(wire.element(address, protocol, port, comment=new.label, verdict=verdict))
+                add(wire, []).append(wire.element(address, protocol, port, comment=new.comment, verdict=verdict))
+        before_rest = (old.home, old.external, old.masquerade, old.allowed)
+        if before_rest != (new.home, new.external, new.masquerade, new.allowed):
+            self._apply_external(at, old, new)
+
+    def _apply_external(self, at: VirtualAddress, old: Entry, new: Entry) -> None:
+        """What hardly ever changes."""
+        protocol, address, port, _ = at
+        width = len(address)
+        for wires, before, after in (
+            (HOMES, old.home, new.home),
+            (EXTERNAL, old.external, new.external),
+            (MASQUERADE, old.masquerade, new.masquerade),
+            (RANGED, bool(old.allowed), bool(new.allowed)),
+        ):
+            if before == after:
+                continue
+            wire = wires[width]
+            if before:
+                self.remove.setdefault(wire, []).append(wire.key(address, protocol, port))
+            if after:
+                data = (u32_bytes(new.home),) if wires is HOMES else ()
+                verdict = nft.goto(new.masquerade) if wires is MASQUERADE else None
+                packed = wire.element(address, protocol, port, *data, verdict=verdict)
+                self.add.setdefault(wire, []).append(packed)
+        wire = ALLOWED[width]
+        for messages, networks in (
+            (self.remove, set(old.allowed) - set(new.allowed)),
+            (self.add, set(new.allowed) - set(old.allowed)),
+        ):
+            for each in networks:
+                span = wire.span(address, protocol, port, each.address, address, protocol, port, each.last)
+                messages.setdefault(wire, []).append(span)
 
 
 @lru_cache(maxsize=8192)
@@ -340,11 +518,21 @@ def printed(at: VirtualAddress, old: Entry, new: Entry) -> tuple[list[str], list
         return f"{format_address(each[0])} . {each[1]}"
 
     def lines(entry: Entry) -> Iterator[tuple[str, str, str]]:
-        comment = f' comment "{entry.label}"' if entry.label else ""
+        comment = f' comment "{entry.comment}"' if entry.comment else ""
         if entry.chain:
-            yield "services", key, f"{comment} : goto {entry.chain}"
+            yield "inside" if at.inside else "services", key, f"{comment} : goto {entry.chain}"
         if entry.refused:
             yield "no_endpoints", key, f"{comment} : {'drop' if entry.refused == 'drop' else 'goto refuse'}"
+        if entry.external:
+            yield "external", key, ""
+        if entry.masquerade:
+            yield "masquerade", key, f" : goto {entry.masquerade}"
+        if entry.allowed:
+            yield "ranged", key, ""
+        for network in entry.allowed:
+            yield "allowed", f"{key} . {network}", ""
+        if entry.home:
+            yield "homes", key, f" : {_classid(entry.home)}"
         for index, each in sorted(entry.endpoints.items()):
             yield "endpoints", f"{key} . {_classid(index)}", f" : {target(each)}"
         for slot, number in sorted(entry.numbers.items()):

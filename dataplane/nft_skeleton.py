@@ -6,8 +6,7 @@ Each rule's comment ends with a hash of the whole text, so comparing comments co
 
 import hashlib
 import re
-from collections.abc import Callable
-from itertools import chain
+from collections.abc import Callable, Mapping, Sequence
 
 from msgspec import Struct
 
@@ -17,6 +16,7 @@ from .errors import ToolError
 from .netlink_socket import NetlinkSocket
 from .run_tool import run_tool
 
+_OPTIONS = re.compile(r"(\s*)@(\w+)@")
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _COMMENT = re.compile(r'comment "([^"]*)"$', re.MULTILINE)
 _SET = re.compile(r"(set|map) (\w+) \{ type ([\w. ]+?)(?: : ([\w. ]+))?;(.*) \}")
@@ -36,13 +36,17 @@ class Skeleton(Struct):
     rules: dict[str, list[str]]
 
 
-def render(source: str, options: list[str]) -> str:
-    """A text without its remarks, @options@ replaced by rules, each rule's comment marked with the text's hash."""
+def render(source: str, options: Mapping[str, Sequence[str]]) -> str:
+    """A text without its remarks, each @word@ replaced by the rules of that word, each rule's comment marked with the
+    text's hash."""
     lines = [line for line in source.splitlines() if line.strip() and not line.lstrip().startswith("#")]
-    filled = (
-        [line.replace("@options@", rule) for rule in options] if "@options@" in line else [line] for line in lines
-    )
-    text = "\n".join(chain.from_iterable(filled)) + "\n"
+    filled: list[str] = []
+    for line in lines:
+        if found := _OPTIONS.fullmatch(line):
+            filled += [found[1] + rule for rule in options[found[2]]]
+        else:
+            filled.append(line)
+    text = "\n".join(filled) + "\n"
     mark = hashlib.sha256(text.encode()).hexdigest()[:8]
     return _COMMENT.sub(rf'comment "\1 [{mark}]"', text)
 
@@ -54,7 +58,8 @@ def parse(text: str) -> Skeleton:
     for line in map(str.strip, text.splitlines()):
         if found := _SET.fullmatch(line):
             what, name, types, _, more = found.groups()
-            flags = (nft.SET_MAP if what == "map" else 0) | (nft.SET_TIMEOUT if "timeout" in more else 0)
+            flags = nft.SET_MAP if what == "map" else 0
+            flags |= (nft.SET_TIMEOUT if "timeout" in more else 0) | (nft.SET_INTERVAL if "interval" in more else 0)
             skeleton.sets[name] = nft.key_length([_TYPES[each] for each in types.split(" . ")]), flags
         elif line.startswith("chain "):
             current = line.split()[1]

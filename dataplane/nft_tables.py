@@ -12,7 +12,7 @@ they counted is kept in memory. A new process begins with what the elements say.
 
 import errno
 import sys
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -24,11 +24,11 @@ from . import nftables_messages as nft
 from .backend import Options, Outcome, RealCounters, ServerReport, Transaction
 from .drain import DrainKey
 from .errors import KernelError, Unanswered
-from .ipvs_guard import GuardOptions
-from .model import Address, VirtualAddress, VirtualServer, format_address
+from .model import Address, VirtualAddress, VirtualServer, between, disjoint, format_address
 from .netlink_socket import HEADER, NETLINK_NETFILTER, NLM_F_ECHO, NetlinkSocket
 from .nft_chains import chain_of, needed
-from .nft_layout import NOTHING, TABLE, Difference, Entry, Target
+from .nft_clients import Clients
+from .nft_layout import NOTHING, TABLE, Difference, Entry, Homes, Target
 from .nft_skeleton import StaticTable, render
 from .nlattr import u32_bytes
 from .plan import Plan, State
@@ -36,6 +36,8 @@ from .procfs_sysctl import Change, Wanted, apply, check, restore, running_kernel
 
 SYSCTLS = (Wanted("net.ipv4.ip_forward", 1, "packets to a Service leave for endpoints on other machines"),)
 _TEXT = Path(__file__).with_suffix(".nft")
+_ECHOES = 4096
+"""Unread messages about elements that are gone; more of them are read at once."""
 _RACES = 20
 """Commits of others that may come in between before a commit of ours gives up."""
 
@@ -45,7 +47,7 @@ def open_backend(options: Options) -> "NftablesBackend":
     return NftablesBackend(options)
 
 
-class Step(Struct, frozen=True):
+class Step(Struct, frozen=True, gc=False):
     """One virtual server on its way: as it lies, and as it shall lie."""
 
     at: VirtualAddress
@@ -69,7 +71,7 @@ class NftTransaction(Struct, frozen=True):
         gone, come = [], []
         for step in sorted(self.steps, key=lambda each: (len(each.at.address), each.at)):
             old, new = lay.printed(step.at, step.old, step.new)
-            name = f"# {step.at} {step.new.label or step.old.label}".rstrip()
+            name = f"# {step.at} {step.new.comment or step.old.comment}".rstrip()
             gone += [name, *old] if old else []
             come += [name, *new] if new else []
         for verb, lines, vips, hairpins in (
@@ -92,9 +94,15 @@ class NftablesBackend:
     drains = False
 
     def __init__(self, options: Options) -> None:
-        rules = GuardOptions(options.masquerade_all, options.cluster_cidrs).rules()
+        clients = Clients(
+            options.masquerade_all,
+            options.cluster_cidrs,
+            options.bridge_interface,
+            options.interface_prefix,
+            options.service_cidrs,
+        )
         self._sock = NetlinkSocket(NETLINK_NETFILTER)
-        self._text = render(_TEXT.read_text(), rules)
+        self._text = render(_TEXT.read_text(), clients.rules())
         self._table = StaticTable(self._sock, TABLE, self._text, lambda name: chain_of(name) is not None)
         self._monitor: NetlinkSocket | None = None
         self._touched = False
@@ -103,6 +111,9 @@ class NftablesBackend:
         self._generation: int | None = None
         self._counted: dict[VirtualAddress, dict[Target, int]] = {}
         """Connections that elements which are gone had counted."""
+        self._echoes: list[bytes] = []
+        """What the kernel told of them, not yet read: nobody who waits for a change needs it."""
+        self._homes = Homes()
 
     # ------------------------------------------------------------------------------------------------ contract
 
@@ -143,6 +154,9 @@ class NftablesBackend:
         else:
             raise Unanswered("read", TABLE, errno.EAGAIN, "the ruleset changes all the time")
         self._generation = before
+        self._homes = Homes()
+        for at, entry in self._entries.items():
+            self._homes.learn(at, entry)
         state = State(vips=vips, hairpins=hairpins)
         wanted = self._entries.keys() if only is None else self._entries.keys() & set(only)
         for at in wanted:
@@ -151,12 +165,14 @@ class NftablesBackend:
                 state.put(lay.server_of(at, entry, vips, hairpins))
             else:
                 state.ghosts.add(at)
+        self._count_echoes()
         for at in self._counted.keys() - self._entries.keys():
             del self._counted[at]
         return state
 
     def suspects(self, held: State) -> set[VirtualAddress] | None:
         """None at all while the ruleset is of the generation we know; what packets write does not raise it."""
+        self._count_echoes()
         if self._generation is None or netlink.read_generation(self._sock).id != self._generation:
             return None
         return set()
@@ -167,22 +183,24 @@ class NftablesBackend:
             self.observe()
         steps, unsure = [], set()
         chains: dict[str, None] = {}
+        entries, layout = self._entries, lay.layout
         for server in plan.add:
-            old = self._entries.get(server.at, NOTHING)
+            at = server.at
+            old = entries.get(at, NOTHING)
             if old is not NOTHING and old.whole():
-                unsure.add(server.at)
+                unsure.add(at)
                 continue
-            steps.append(Step(server.at, old, lay.layout(_canonical(server), old)))
+            steps.append(Step(at, old, layout(_canonical(server), old, self._homes)))
         for change in plan.change:
             at = change.new.at
             if at not in self._entries:
                 unsure.add(at)
                 continue
             old = self._entries[at]
-            steps.append(Step(at, old, lay.layout(_canonical(change.new), old)))
-        for step in steps:
-            if step.new.chain and step.new.chain not in self._chains:
-                chains |= dict.fromkeys(name for name in needed(step.new.chain) if name not in self._chains)
+            steps.append(Step(at, old, layout(_canonical(change.new), old, self._homes)))
+        for missing in {step.new.chain: None for step in steps if step.new.chain not in self._chains}:
+            if missing:
+                chains |= dict.fromkeys(name for name in needed(missing) if name not in self._chains)
         for server in plan.remove:
             old = self._entries.get(server.at, NOTHING)
             if old is not NOTHING:
@@ -220,6 +238,7 @@ class NftablesBackend:
         """Every server of ours with its counters."""
         if not self._table.exists():
             return
+        self._count_echoes()
         entries, vips, hairpins, packets = self._read()
         for at in sorted(entries, key=lambda each: (len(each.address), each)):
             entry = entries[at]
@@ -259,7 +278,7 @@ class NftablesBackend:
             except KernelError as error:
                 if error.errno != errno.ENOENT:
                     raise
-        self._entries, self._chains, self._generation, self._counted = {}, set(), None, {}
+        self._entries, self._chains, self._generation, self._counted, self._homes = {}, set(), None, {}, Homes()
 
     def close(self) -> None:
         """Give descriptors back."""
@@ -316,15 +335,19 @@ class NftablesBackend:
             messages += [message for wire, each in packed.items() for message in wire.add(each)]
         if not messages:
             return
-        for echo in self._transact(messages):
-            self._keep_count(echo)
+        self._echoes += self._transact(messages)
+        if len(self._echoes) > _ECHOES:
+            self._count_echoes()
         self._chains.update(made)
+        entries = self._entries
         for step in steps:
+            self._homes.replace(step.old, step.new)
             if step.new is NOTHING:
-                self._entries.pop(step.at, None)
+                self._count_echoes()
+                entries.pop(step.at, None)
                 self._counted.pop(step.at, None)
             else:
-                self._entries[step.at] = step.new
+                entries[step.at] = step.new
 
     def _transact(self, messages: list[bytes]) -> list[bytes]:
         """The batch, for the generation we know; again, if another table's change was all that came in between."""
@@ -355,6 +378,12 @@ class NftablesBackend:
             self._touched = self._touched or lost or bool(touches)
         return self._touched
 
+    def _count_echoes(self) -> None:
+        """Read what the kernel told of elements that are gone."""
+        echoes, self._echoes = self._echoes, []
+        for echo in echoes:
+            self._keep_count(echo)
+
     def _keep_count(self, echo: bytes) -> None:
         """What elements had counted that a commit of ours took away."""
         kind = HEADER.unpack_from(echo)[1]
@@ -364,9 +393,8 @@ class NftablesBackend:
             if nft.ElementListAttrs.decode(echo, nft.BODY).get("set") != wire.name:
                 continue
             for each in wire.elements_in(echo):
-                address, protocol, port, _ = each.key
                 if each.packets and isinstance(each.data, bytes):
-                    counts = self._counted.setdefault(VirtualAddress(protocol, address, port), {})
+                    counts = self._counted.setdefault(_at(wire, each), {})
                     target = _target(each.data)
                     counts[target] = counts.get(target, 0) + each.packets
 
@@ -379,8 +407,8 @@ class NftablesBackend:
         entries: dict[VirtualAddress, Entry] = {}
         packets: dict[tuple[VirtualAddress, int], int] = {}
 
-        def entry(key: tuple[Address, int, int]) -> Entry:
-            at = VirtualAddress(key[1], key[0], key[2])
+        def entry(key: tuple[Address, int, int], index: int = 0) -> Entry:
+            at = VirtualAddress(key[1], key[0], key[2], index >= lay.INSIDE)
             if at not in entries:
                 entries[at] = Entry()
             return entries[at]
@@ -391,28 +419,53 @@ class NftablesBackend:
             for one in self._dump(lay.SERVICES[width]):
                 found = entry(one.key)
                 found.chain = one.data[1] if isinstance(one.data, tuple) else ""
-                found.label = nft.owner_comment(one.comment)
+                found.comment = one.comment
+            for one in self._dump(lay.INSIDERS[width]):
+                found = entry(one.key, lay.INSIDE)
+                found.chain = one.data[1] if isinstance(one.data, tuple) else ""
+                found.comment = one.comment
             for one in self._dump(lay.NO_ENDPOINTS[width]):
                 found = entry(one.key)
                 found.refused = next((name for name, verdict in lay.REFUSALS.items() if verdict == one.data), "?")
-                found.label = nft.owner_comment(one.comment)
+                found.comment = one.comment
             for one in self._dump(lay.ENDPOINTS[width]):
                 index = int.from_bytes(one.key[3], _NATIVE)
-                found = entry(one.key)
+                found = entry(one.key, index)
                 if isinstance(one.data, bytes):
                     found.endpoints[index] = _target(one.data)
-                packets[VirtualAddress(one.key[1], one.key[0], one.key[2]), index] = one.packets
+                at = VirtualAddress(one.key[1], one.key[0], one.key[2], index >= lay.INSIDE)
+                packets[at, index] = one.packets
             for one in self._dump(lay.NUMBERS[width]):
                 if isinstance(one.data, bytes):
                     slot = int.from_bytes(one.key[3], _NATIVE)
-                    entry(one.key).numbers[slot] = int.from_bytes(one.data, _NATIVE)
+                    entry(one.key, slot).numbers[slot] = int.from_bytes(one.data, _NATIVE)
             for one in self._dump(lay.ALIVE[width]):
-                entry(one.key).alive.add(int.from_bytes(one.key[3], _NATIVE))
+                number = int.from_bytes(one.key[3], _NATIVE)
+                entry(one.key, number).alive.add(number)
+            for one in self._dump(lay.HOMES[width]):
+                if isinstance(one.data, bytes):
+                    entry(one.key).home = int.from_bytes(one.data, _NATIVE)
             for one in self._dump(lay.IDLE[width]):
                 entry(one.key).idle.add((one.key[3], one.key[4]))
+            for one in self._dump(lay.EXTERNAL[width]):
+                entry(one.key).external = True
+            for one in self._dump(lay.MASQUERADE[width]):
+                entry(one.key).masquerade = one.data[1] if isinstance(one.data, tuple) else "?"
+            self._read_ranges(width, entry)
             vips.update(one.key[0] for one in self._dump(lay.VIPS[width]))
             hairpins.update(one.key[0] for one in self._dump(lay.HAIRPIN[width]) if one.key[0] == one.key[1])
         return entries, vips, hairpins, packets
+
+    def _read_ranges(self, width: int, entry: Callable[[tuple[Address, int, int]], Entry]) -> None:
+        ranged = {one.key for one in self._dump(lay.RANGED[width])}
+        for one in self._dump(lay.ALLOWED[width]):
+            last = one.end[3] if one.end else one.key[3]
+            if one.key[:3] in ranged:
+                found = entry(one.key[:3])
+                found.allowed = disjoint((*found.allowed, *between(one.key[3], last)))
+        for key in ranged:
+            if not entry(key).allowed:
+                entry(key).refused = "?"  # nobody at all may come in: no server of ours is like that
 
     def _dump(self, wire: nft.SetWire) -> list[nft.Element]:
         try:
@@ -438,9 +491,9 @@ def _addresses(plan: Plan) -> _Shared:
     remove: lay.Packed = {}
     add: lay.Packed = {}
     for packed, vips, hairpins in ((remove, plan.unbind, plan.hairpin_remove), (add, plan.bind, plan.hairpin_add)):
-        for address in vips:
-            wire = lay.VIPS[len(address)]
-            packed.setdefault(wire, []).append(wire.key(address))
+        for width, wire in lay.VIPS.items():
+            if keys := [wire.key(address) for address in vips if len(address) == width]:
+                packed[wire] = keys
         for address in hairpins:
             wire = lay.HAIRPIN[len(address)]
             packed.setdefault(wire, []).append(wire.key(address, address))
@@ -458,7 +511,20 @@ def _suffix(address: Address) -> int:
 
 _KEYED = {
     wire.name: wire
-    for kind in (lay.SERVICES, lay.NO_ENDPOINTS, lay.ENDPOINTS, lay.NUMBERS, lay.ALIVE, lay.IDLE)
+    for kind in (
+        lay.SERVICES,
+        lay.INSIDERS,
+        lay.NO_ENDPOINTS,
+        lay.ENDPOINTS,
+        lay.NUMBERS,
+        lay.ALIVE,
+        lay.HOMES,
+        lay.IDLE,
+        lay.EXTERNAL,
+        lay.MASQUERADE,
+        lay.RANGED,
+        lay.ALLOWED,
+    )
     for wire in kind.values()
 }
 
@@ -471,5 +537,14 @@ def _named(message: bytes) -> Iterator[VirtualAddress]:
     wire = _KEYED.get(nft.ElementListAttrs.decode(message, nft.BODY).get("set", ""))
     if wire is not None:
         for element in wire.elements_in(message):
-            address, protocol, port = element.key[:3]
-            yield VirtualAddress(protocol, address, port)
+            yield _at(wire, element)
+
+
+def _at(wire: nft.SetWire, element: nft.Element) -> VirtualAddress:
+    """Whose element it is: of the server for everybody, or of that for clients inside."""
+    address, protocol, port, *rest = element.key
+    indexed = wire in _INDEXED and int.from_bytes(rest[0], _NATIVE) >= lay.INSIDE
+    return VirtualAddress(protocol, address, port, indexed or wire in lay.INSIDERS.values())
+
+
+_INDEXED = {wire for kind in (lay.ENDPOINTS, lay.NUMBERS, lay.ALIVE) for wire in kind.values()}

@@ -31,6 +31,7 @@ from .nlattr import (
     nest,
     nested,
     padding,
+    u32_bytes,
     walk,
     width_of,
 )
@@ -152,6 +153,7 @@ class ElementAttrs(NlAttrs):
     expiration = attr(5, be64)
     userdata = attr(6, blob)
     expression = attr(7, blob)
+    key_end = attr(10, nested(DataAttrs))
 
 
 class CounterAttrs(NlAttrs):
@@ -287,6 +289,8 @@ class Element(NamedTuple):
     data: bytes | Verdict | None = None
     packets: int = 0
     """What its counter says."""
+    end: tuple[Any, ...] = ()
+    """In an interval set: the last key of the range that begins with `key`."""
 
 
 @lru_cache(maxsize=8192)
@@ -323,6 +327,38 @@ def _element_template(
     return compile_template(nest(1, parts), parameters)
 
 
+@lru_cache(maxsize=64)
+def _span_template(key: tuple[Field, ...]) -> Callable[..., bytes]:
+    """A function of (fields of the first key, fields of the last) that packs one NFTA_LIST_ELEM."""
+
+    def value(number: int, prefix: str) -> list[Part]:
+        slots: list[Part] = [header(key_length(key), 1)]
+        for index, field in enumerate(key):
+            slots += [Slot(f"{prefix}{index}", field.code), bytes(field.pad)]
+        return nest(number, slots)
+
+    names = [f"{prefix}{index}" for prefix in ("a", "z") for index in range(len(key))]
+    return compile_template(nest(1, [*value(1, "a"), *value(10, "z")]), names)
+
+
+@lru_cache(maxsize=512)
+def _rows_template(key: tuple[Field, ...], data: tuple[Field, ...], count: int) -> Callable[..., bytes]:
+    """A function that packs `count` elements in one call, whose keys end in 0, 1, 2 … and are else the same."""
+    shared = [f"k{index}" for index in range(len(key) - 1)]
+    parameters = list(shared)
+    parts: list[Part] = []
+    for row in range(count):
+        keyed: list[Part] = [header(key_length(key), 1)]
+        for name, field in zip(shared, key, strict=False):
+            keyed += [Slot(name, field.code), bytes(field.pad)]
+        valued: list[Part] = [header(key_length(data), 1)]
+        for index, field in enumerate(data):
+            parameters.append(f"d{row}_{index}")
+            valued += [Slot(parameters[-1], field.code), bytes(field.pad)]
+        parts += nest(1, [*nest(1, [*keyed, u32_bytes(row)]), *nest(2, valued)])
+    return compile_template(parts, parameters)
+
+
 class SetWire:
     """The wire form of the elements of one set (or, with `data` fields or verdicts, one map)."""
 
@@ -341,6 +377,8 @@ class SetWire:
         self._plain = self._template(None, False, 0)
         self.plain = self._plain
         """`element` without options, as fast as it gets: the fields of the key, then those of the data."""
+        self.key = _element_template(self._key, (), None, False, 0)
+        """One packed element without data, of the fields of its key: what `remove` takes, and all of a set's."""
 
     def _template(self, verdict: Verdict | None, timed: bool, comment: int) -> Callable[..., bytes]:
         return _element_template(self._key, () if verdict is not None else self._data, verdict, timed, comment)
@@ -362,9 +400,19 @@ class SetWire:
         """A function that packs elements with that verdict: the fields of the key, then a comment of that length."""
         return self._template(verdict, False, comment)
 
-    def key(self, *fields: Any) -> bytes:
-        """One packed element without data: what `remove` takes."""
-        return _element_template(self._key, (), None, False, 0)(*fields)
+    def rows(self, count: int) -> Callable[..., bytes]:
+        """A function that packs elements 0 to count - 1 of an indexed map as one piece, at most 64.
+
+        The last field of the key is a HOST32, the index; arguments are the fields before it, then each one's data.
+        """
+        return _rows_template(self._key, self._data, count)
+
+    def span(self, *fields: Any) -> bytes:
+        """One packed element of a concatenated interval set: the fields of the first key, then those of the last.
+
+        It serves `add` and `remove`; ranges that overlap are refused (nft_set_pipapo.c).
+        """
+        return _span_template(self._key)(*fields)
 
     def add(self, elements: Iterable[bytes], flags: int = 0) -> list[bytes]:
         """NEWSETELEM messages. An element that is there already stays as it is; a map's with other data is refused."""
@@ -425,14 +473,14 @@ class SetWire:
             if length < rest_at or stop > end or buffer[at + 4 : at + key_at] != prefix:
                 found.append(self._decode_any(buffer, at + 4, stop, end))
             elif length == rest_at:
-                append(make((unpack_key(buffer, at + key_at), "", None, None, 0)))
+                append(make((unpack_key(buffer, at + key_at), "", None, None, 0, ())))
             elif (  # nothing but user data that starts with a comment
                 buffer[at + rest_at + 2 : at + rest_at + 5] == b"\6\0\0"
                 and length_of(buffer, at + rest_at)[0] + 3 & ~3 == length - rest_at
             ):
                 text = at + rest_at + 6
                 comment = buffer[text : text + buffer[text - 1] - 1].decode("utf-8", "replace")
-                append(make((unpack_key(buffer, at + key_at), comment, None, None, 0)))
+                append(make((unpack_key(buffer, at + key_at), comment, None, None, 0, ())))
             else:
                 found.append(self._decode_any(buffer, at + 4, stop, end))
             at = stop + 3 & ~3
@@ -450,8 +498,14 @@ class SetWire:
             data = (signed(verdict["code"]), verdict.get("chain", "")) if verdict is not None else told["value"]
         comment = comment_of(values.get("userdata", b""))
         packets = counted(values["expression"]) if "expression" in values else 0
+        last = values.get("key_end", {}).get("value", b"")
         return Element(
-            self._unpack_key(key.ljust(self._padded, b"\0")), comment, values.get("expiration"), data, packets
+            self._unpack_key(key.ljust(self._padded, b"\0")),
+            comment,
+            values.get("expiration"),
+            data,
+            packets,
+            self._unpack_key(last.ljust(self._padded, b"\0")) if len(last) == self.key_length else (),
         )
 
 

@@ -68,12 +68,22 @@ class ServiceRow(Struct, frozen=True, rename="camel"):
     """"" for a server of a firewall mark."""
     port: int
     protocol: str
+    kind: str
+    """ClusterIP, NodePort, ExternalIP or LoadBalancer: what sort of address of the Service it is."""
+    inside: bool
+    """Only for clients inside the cluster; there is another one beside it, for everybody else."""
     firewall_mark: int
     scheduler: str
     scheduler_flags: tuple[str, ...]
     one_packet: bool
     persistence_seconds: int
     persistence_prefix: int
+    masquerade: str
+    """Whose source address is rewritten: detect (by the agent's options), node (processes of this node), always."""
+    allowed: tuple[str, ...]
+    """Ranges that may connect; none: everybody."""
+    no_endpoints: str
+    """What clients get when there is no real server: reject or drop."""
     ours: bool
     connections: int
     real_servers: tuple[RealServerRow, ...]
@@ -114,12 +124,17 @@ def _service_row(report: ServerReport, clocks: Mapping[DrainKey, float]) -> Serv
         "" if report.fwmark else format_address(server.at.address),
         server.at.port,
         "" if report.fwmark else _protocol(server.at.protocol),
+        server.kind.value,
+        server.at.inside,
         report.fwmark,
         server.scheduler,
         tuple(filter(None, scheduler_flags(server).split(","))),
         bool(server.flags & ServerFlags.ONE_PACKET),
         server.persistence,
         server.persistence_prefix,
+        server.masquerade.value,
+        tuple(map(str, server.allowed)),
+        server.no_servers.value,
         report.ours,
         report.connections,
         tuple(_real_row(server.at, real, counters, clocks) for real, counters in report.reals),
@@ -181,6 +196,12 @@ def _service_cell(row: ServiceRow) -> str:
     return row.label.partition("/")[2] or "-"
 
 
+def _type(row: ServiceRow) -> str:
+    if not row.ours:
+        return "-"
+    return f"{row.kind}/inside" if row.inside else row.kind
+
+
 def _persistence(row: ServiceRow) -> str:
     if not row.persistence_seconds:
         return "-"
@@ -199,9 +220,12 @@ _SERVICE_COLUMNS: tuple[tuple[str, bool, _Cell], ...] = (
     ("NAMESPACE", False, lambda row: row.namespace or "-"),
     ("SERVICE", False, _service_cell),
     ("VIP", False, lambda row: row.vip),
+    ("TYPE", False, _type),
     ("SCHED", False, lambda row: row.scheduler),
     ("FLAGS", True, lambda row: ",".join((*row.scheduler_flags, *(["ops"] if row.one_packet else []))) or "-"),
     ("PERSISTENT", True, _persistence),
+    ("MASQUERADE", True, lambda row: row.masquerade),
+    ("FROM", True, lambda row: ",".join(row.allowed) or "-"),
 )
 _REAL_COLUMNS: tuple[tuple[str, bool, _RealCell], ...] = (
     ("REAL SERVER", False, lambda real: f"{_host(real.address)}:{real.port}"),
@@ -233,7 +257,8 @@ def service_table(rows: Sequence[ServiceRow], *, wide: bool = False, headers: bo
     for row in rows:
         group = [cell(row) for _, _, cell in services]
         if not row.real_servers:
-            lines.append([*group, "-", *("no endpoints" if name == "STATE" else "-" for name, _, _ in reals[1:])])
+            state = "no endpoints" if row.no_endpoints == "reject" else "no local endpoints"
+            lines.append([*group, "-", *(state if name == "STATE" else "-" for name, _, _ in reals[1:])])
         for real in row.real_servers:
             lines.append([*group, *(cell(real) for _, _, cell in reals)])
             group = [""] * len(group)
@@ -341,6 +366,8 @@ def plan_objects(plan: Plan) -> list[dict[str, Any]]:
             "kind": "VirtualServer",
             "service": each.label,
             "vip": f"{format_endpoint(at.address, at.port)}/{_protocol(at.protocol)}",
+            "type": each.kind.value,
+            "inside": at.inside,
             "realServers": reals,
         }
 

@@ -351,11 +351,12 @@ def test_problems_win_over_differences(kernel: Kernel, manifests: Path) -> None:
 def test_show(kernel: Kernel, manifests: Path) -> None:
     invoke("apply", "-f", str(manifests))
     kernel.backend.connections[AT, parse_address("10.244.2.3"), 9376] = 2
-    assert invoke("show").stdout.splitlines() == [
-        "NAMESPACE  SERVICE         VIP                SCHED  REAL SERVER      WEIGHT  STATE   ACTIVE  INACTIVE  CONNS",
-        "default    hostnames:http  10.0.1.175:80/TCP  rr     10.244.1.7:9376  1       active  0       0         0",
-        "                                                     10.244.2.3:9376  1       active  2       0         0",
-    ]
+    table = """
+NAMESPACE  SERVICE         VIP                TYPE       SCHED  REAL SERVER      WEIGHT  STATE   ACTIVE  INACTIVE  CONNS
+default    hostnames:http  10.0.1.175:80/TCP  ClusterIP  rr     10.244.1.7:9376  1       active  0       0         0
+                                                                10.244.2.3:9376  1       active  2       0         0
+"""
+    assert invoke("show").stdout.splitlines() == table.strip().splitlines()
     assert invoke("show", "default/hostnames", "-o", "name").stdout == "default/hostnames:http\n"
     assert json.loads(invoke("show", "-o", "json").stdout)["services"][0]["service"] == "hostnames"
     assert not invoke("show", "--no-headers").stdout.startswith("NAMESPACE")

@@ -60,6 +60,52 @@ SEQUENCES: dict[str, list[list[str]]] = {
         ["TCP 10.0.0.1:80 rr -> 10.1.0.1:8080"],
     ],
     "IPv6 with affinity": [["TCP [fd00::1]:80 rr sticky=300 -> [fd00:1::1]:80"], []],
+    "a Service at every kind of address": [
+        [
+            "TCP 10.0.0.1:80 rr label=a/b:http -> 10.1.0.1:80, 10.1.0.2:80",
+            "TCP 192.168.0.2:30080 rr NodePort always label=a/b:http -> 10.1.0.1:80, 10.1.0.2:80",
+            "TCP 192.168.99.9:80 rr ExternalIP always label=a/b:http -> 10.1.0.1:80, 10.1.0.2:80",
+            "TCP 1.2.3.4:80 rr LoadBalancer always from=10.0.0.0/8+203.0.113.0/25 label=a/b:http -> 10.1.0.1:80",
+            "TCP [2001:db8::9]:80 rr LoadBalancer always from=2001:db8::/32 label=a/b:http -> [fd00:1::1]:80",
+        ],
+        [
+            "TCP 10.0.0.1:80 rr label=a/b:http -> 10.1.0.2:80, 10.1.0.3:80",
+            "TCP 192.168.0.2:30080 rr NodePort always label=a/b:http -> 10.1.0.2:80, 10.1.0.3:80",
+            "TCP 1.2.3.4:80 rr LoadBalancer always from=10.1.0.0/16 label=a/b:http -> 10.1.0.2:80, 10.1.0.3:80",
+            "TCP [2001:db8::9]:80 rr LoadBalancer always label=a/b:http -> [fd00:1::1]:80",
+        ],
+        ["TCP 192.168.0.2:30080 rr NodePort always label=a/b:http"],
+        [],
+    ],
+    "external policy Local: clients inside are served by others": [
+        [
+            "TCP 10.0.0.1:80 rr label=a/b -> 10.1.0.1:80 here, 10.1.0.2:80",
+            "TCP 192.168.0.2:30080 rr NodePort node label=a/b -> 10.1.0.1:80 here",
+            "TCP 192.168.0.2:30080 (inside) rr NodePort node label=a/b -> 10.1.0.1:80 here, 10.1.0.2:80",
+        ],
+        [
+            "TCP 10.0.0.1:80 rr label=a/b -> 10.1.0.2:80, 10.1.0.3:80",
+            "TCP 192.168.0.2:30080 rr drop NodePort node label=a/b",
+            "TCP 192.168.0.2:30080 (inside) rr NodePort node label=a/b -> 10.1.0.2:80, 10.1.0.3:80",
+        ],
+        [
+            "TCP 10.0.0.1:80 rr label=a/b -> 10.1.0.2:80, 10.1.0.3:80",
+            "TCP 192.168.0.2:30080 rr NodePort node label=a/b -> 10.1.0.2:80, 10.1.0.3:80",
+        ],
+        ["TCP 10.0.0.1:80 rr label=a/b", "TCP 192.168.0.2:30080 rr NodePort node label=a/b"],
+    ],
+    "external policy Local with affinity": [
+        [
+            "TCP 10.0.0.1:80 rr sticky=600 label=a/b -> 10.1.0.1:80 here, 10.1.0.2:80",
+            "TCP 1.2.3.4:80 rr sticky=600 LoadBalancer node from=10.0.0.0/8 label=a/b -> 10.1.0.1:80 here",
+            "TCP 1.2.3.4:80 (inside) rr sticky=600 LoadBalancer node label=a/b -> 10.1.0.1:80 here, 10.1.0.2:80",
+        ],
+        [
+            "TCP 10.0.0.1:80 rr sticky=600 label=a/b -> 10.1.0.2:80, 10.1.0.3:80",
+            "TCP 1.2.3.4:80 rr sticky=600 drop LoadBalancer node label=a/b",
+            "TCP 1.2.3.4:80 (inside) rr sticky=600 LoadBalancer node label=a/b -> 10.1.0.2:80, 10.1.0.3:80",
+        ],
+    ],
     "ports of one VIP come and go": [
         ["TCP 10.0.0.1:80 rr", "TCP 10.0.0.1:81 rr", "UDP 10.0.0.1:80 rr"],
         ["TCP 10.0.0.1:81 rr"],

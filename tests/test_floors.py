@@ -19,7 +19,7 @@ TABLE = """
 5   ipvs_guard nft_chains nft_skeleton iptables_books run_iptables configuration show_text netlink_conntrack
 4   backend netlink_node nft_layout ipvsadm_text ipvs_proc_text iptables_text netlink_nftables manifest_content
 3   ipvs_messages nftables_messages netlink_route kubernetes_objects manifest_text demo_stage
-2   desired plan drain staleness netlink_socket kubernetes_reading kubernetes_wire kubernetes_fields
+2   desired plan drain staleness nft_clients netlink_socket kubernetes_reading kubernetes_wire kubernetes_fields
 1   model nlattr run_tool journal safe_yaml
 0   errors printable procfs_sysctl stable_file directory_watch
 """

@@ -469,3 +469,51 @@ def test_preparing_twice_and_looking_write_nothing(place: Place, monkeypatch: py
         one.prepare()
         assert one.intact()
         bring(one, TUTORIAL)
+
+
+def many(count: int, first: int = 0) -> list[str]:
+    """Services with two endpoints each, of which the second is all their own."""
+    return [
+        f"TCP 10.{96 + number // 250}.0.{number % 250 + 1}:80 rr label=many/s{number} -> "
+        f"10.1.{number // 250}.{number % 250 + 1}:80, 10.2.{(number + first) // 250}.{(number + first) % 250 + 1}:80"
+        for number in range(count)
+    ]
+
+
+def test_many_services_come_change_and_go(place: Place) -> None:
+    """On the nft back end in sections, that the tool is not slow; the tables end as if it had been one."""
+    backend = place.open()
+    backend.prepare()
+    empty = place.save()
+    texts = []
+    for states in (many(450), many(450, first=1), many(3), []):
+        aim = {one.at: backend.express(one) for one in map(server, states)}
+        transaction = backend.compile(diff(backend.observe(), aim))
+        texts.append(str(transaction))
+        outcome = backend.commit(transaction)
+        assert (outcome.failed, outcome.unsure) == ({}, frozenset())
+        assert backend.intact()
+        fresh = place.open()
+        assert {each.at: shown(each) for each in fresh.observe().servers.values()} == {
+            each.at: shown(each) for each in aim.values()
+        }
+    assert place.save() == empty
+    sections = [text.count("*nat") for text in texts]
+    assert min(sections[:3]) > 5 if place.tool == "nft" else sections == [1, 1, 1, 1]
+    # what leads to chains comes behind them, and goes before them
+    if place.tool == "nft":
+        coming, going = texts[0], texts[2]
+        assert coming.rindex("-A KUBE-SVC-") < coming.index("-A KUBE-SERVICES -d", coming.index("*nat"))
+        assert going.rindex("A KUBE-SERVICES ") < going.index("-X KUBE-S")
+
+
+def test_each_line_of_many_is_known_by_its_service(place: Place) -> None:
+    backend = place.open()
+    backend.prepare()
+    aim = {one.at: backend.express(one) for one in map(server, many(450))}
+    transaction = backend.compile(diff(backend.observe(), aim))
+    (script,) = transaction.scripts.values()  # type: ignore[attr-defined]
+    line = next(n for n, each in enumerate(script.lines, 1) if "many/s7:" in each and each.startswith("-A KUBE-SEP"))
+    assert str(script.whose(line)) == "TCP 10.96.0.8:80"
+    assert script.whose(1) is None
+    assert script.whose(len(script.lines)) is None

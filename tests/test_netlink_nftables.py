@@ -2,6 +2,7 @@
 
 import errno
 import json
+import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -141,6 +142,12 @@ def test_what_is_packed_can_be_read(values: list[tuple[bytes, int, int, str, int
     assert len(messages) == bool(values)
     read = [element for message in messages for element in SERVERS.elements_in(message)]
     assert read == [Element((a, b, c), comment, None) for a, b, c, comment, _ in values]
+
+
+def test_a_range_has_a_first_and_a_last_key() -> None:
+    first, last = (b"\1\2\3\4", 6, 80), (b"\1\2\3\xff", 6, 80)
+    (message,) = SERVERS.add([SERVERS.span(*first, *last)])
+    assert SERVERS.elements_in(message) == [Element(first, end=last)]
 
 
 @given(st.integers(0, 65535), st.sampled_from([ACCEPT, DROP, goto("second"), (-3, "x")]))
@@ -407,4 +414,4 @@ def test_without_the_capability_the_error_says_so(netns: NetNs, monkeypatch: pyt
         "try: commit(NetlinkSocket(NETLINK_NETFILTER), [delete_table(1, 'x')])\n"
         "except Exception as error: print(type(error).__name__)"
     )
-    assert netns.run("python3", "-c", program).stdout == f"{NotRoot.__name__}\n"
+    assert netns.run(sys.executable, "-c", program).stdout == f"{NotRoot.__name__}\n"

@@ -9,12 +9,22 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from dataplane import netlink_nftables, nft_tables, run_tool
 from dataplane import nft_layout as lay
 from dataplane.backend import Options
 from dataplane.errors import Unanswered
-from dataplane.model import Address, NoServers, RealServer, VirtualAddress, VirtualServer
+from dataplane.model import (
+    Address,
+    Kind,
+    Masquerade,
+    NoServers,
+    RealServer,
+    VirtualAddress,
+    VirtualServer,
+    parse_network,
+)
 from dataplane.netlink_nftables import BatchRefused
 from dataplane.netlink_socket import Failure, NetlinkSocket
 from dataplane.nft_layout import NOTHING, Entry, canonical, chain_parts, layout, server_of, slot_counts
@@ -39,42 +49,68 @@ addresses = st.builds(
     st.sampled_from([6, 17]),
     st.integers(1, 4).map(lambda n: Address(bytes((10, 0, 0, n)))),
     st.sampled_from([53, 80]),
+    st.booleans(),
 )
+ranges = st.sampled_from([(), (), (parse_network("10.0.0.0/8"), parse_network("192.0.2.1"))])
 servers = st.builds(
-    VirtualServer,
-    addresses,
-    reals,
-    st.sampled_from(["rr", "wlc"]),
+    lambda kind, **rest: VirtualServer(kind=kind, bound=kind is Kind.CLUSTER_IP, **rest),
+    st.sampled_from(Kind),
+    at=addresses,
+    real_servers=reals,
+    scheduler=st.sampled_from(["rr", "wlc"]),
     persistence=st.sampled_from([0, 0, 30, 10800]),
+    masquerade=st.sampled_from(Masquerade),
     no_servers=st.sampled_from(NoServers),
     label=st.sampled_from(["", "a/b:c", "default/web", 'x"; flush ruleset; #']),
-)
+    allowed=ranges,
+).filter(lambda one: not one.at.inside or any(real.weight for real in one.real_servers))
 
 
 @given(st.lists(servers, min_size=1, max_size=8))
 def test_a_layout_says_what_the_server_says_and_keeps_what_it_can(chain: list[VirtualServer]) -> None:
     held: Entry = NOTHING
+    homes = lay.Homes()
     key = chain[0].at
     hairpins = {Address(bytes((10, 1, 0, n))) for n in range(3, 13, 3)}
     for one in chain:
-        wanted = canonical(one)
-        entry = layout(wanted, held)
+        if key.inside and not any(real.weight for real in one.real_servers):
+            continue  # nobody is sent inside for nothing
+        wanted = canonical(replace(one, at=key))
+        entry = layout(wanted, held, homes)
         assert entry.whole()
         seen = server_of(wanted.at, entry, {wanted.at.address}, hairpins)
         assert shown(seen) == shown(wanted)
-        if held.endpoints and chain_parts(held.chain)[0] == chain_parts(entry.chain)[0] == "sticky":
+        if held.comment == entry.comment and chain_parts(held.chain).kind == chain_parts(entry.chain).kind == "sticky":
             # who stays keeps the number that clients are remembered by
             before = {target: number for number, target in held.endpoints.items()}
             after = {target: number for number, target in entry.endpoints.items()}
             assert all(after[target] == number for target, number in before.items() if target in after)
-        if chain_parts(held.chain)[0] == chain_parts(entry.chain)[0] == "pick":
+        if chain_parts(held.chain).kind == chain_parts(entry.chain).kind == "pick":
             # no more slots change than have to: what came, and what the last ones had to move for
             same = sum(entry.endpoints.get(slot) == target for slot, target in held.endpoints.items())
             had, has = Counter(held.endpoints.values()), Counter(entry.endpoints.values())
             moved = max(0, len(held.endpoints) - len(entry.endpoints))
             assert same >= (had & has).total() - moved
+        homes.replace(held, entry)
         held = entry
-    assert key
+
+
+def test_addresses_of_one_service_port_share_its_numbers_and_give_them_back() -> None:
+    homes = lay.Homes()
+    web, other = "rr sticky=60 label=a/b:web -> 10.1.0.1:80, 10.1.0.2:80", "rr sticky=60 label=a/c -> 10.1.0.1:80"
+    entries = {
+        text: layout(server(text), NOTHING, homes)
+        for text in (f"TCP 10.0.0.1:80 {web}", f"TCP 10.0.0.9:81 {web}", f"TCP 10.0.0.2:80 {other}")
+    }
+    one, same, third = entries.values()
+    assert (one.home, one.endpoints) == (same.home, same.endpoints)
+    assert third.home not in (0, one.home)
+    for entry in entries.values():
+        homes.replace(NOTHING, entry)
+    homes.replace(one, NOTHING)
+    assert homes.port(server(f"TCP 10.0.0.1:80 {web}")) == one.home
+    homes.replace(same, NOTHING)
+    assert layout(server("TCP 10.0.0.3:80 rr sticky=60 label=a/d -> 10.1.0.9:80"), NOTHING, homes).home == one.home
 
 
 @pytest.mark.parametrize(
@@ -175,8 +211,8 @@ def test_chains_made_by_netlink_list_as_their_text(backend: NftablesBackend, nod
     )
     text = node.run("nft", "list", "table", "inet", TABLE).stdout
     for line in (
-        "update @affinity4 { ip saddr . ip daddr . meta l4proto . th dport timeout 1m : meta priority }",
-        "delete @affinity6 { ip6 saddr . ip6 daddr . meta l4proto . th dport : meta priority }",
+        "update @affinity4 { ip saddr . meta priority & 7fff:0 timeout 1m : meta priority & 7fff:ffff }",
+        "delete @affinity6 { ip6 saddr . meta priority & 7fff:0 : meta priority & 7fff:ffff }",
         "meta priority set numgen random mod 1 jump number6",
         "meta priority != none goto keep4_60",
         "meta priority set numgen random mod 2 goto dnat4",

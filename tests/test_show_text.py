@@ -10,6 +10,8 @@ from dataplane.drain import DrainKey
 from dataplane.model import Forwarding, RealServer, VirtualAddress, VirtualServer, parse_address
 from dataplane.plan import Change, Plan
 
+from . import words
+
 
 def server(vip: str, port: int, label: str, *reals: str, protocol: int = 6, **traits: object) -> VirtualServer:
     made = tuple(
@@ -50,13 +52,28 @@ def lines(text: str) -> list[str]:
 
 
 def test_the_table_groups_real_servers_under_their_service() -> None:
-    assert lines(show_text.service_table(ROWS)) == [
-        "NAMESPACE  SERVICE    VIP                SCHED  REAL SERVER    WEIGHT  STATE         ACTIVE  INACTIVE  CONNS",
-        "default    web:http   10.0.1.175:80/TCP  rr     10.44.1.7:937  1       active        0       0         12",
-        "                                                10.44.2.3:937  0       draining 9m   2       1         10",
-        "system     dns        [fd00::10]:53/UDP  sh     -              -       no endpoints  -       -         -",
-        "-          (foreign)  192.0.2.9:443/TCP  rr     192.0.2.9:443  0       quiescent     0       0         3",
-    ]
+    table = """
+NAMESPACE  SERVICE    VIP                TYPE       SCHED  REAL SERVER    WEIGHT  STATE         ACTIVE  INACTIVE  CONNS
+default    web:http   10.0.1.175:80/TCP  ClusterIP  rr     10.44.1.7:937  1       active        0       0         12
+                                                           10.44.2.3:937  0       draining 9m   2       1         10
+system     dns        [fd00::10]:53/UDP  ClusterIP  sh     -              -       no endpoints  -       -         -
+-          (foreign)  192.0.2.9:443/TCP  -          rr     192.0.2.9:443  0       quiescent     0       0         3
+"""
+    assert lines(show_text.service_table(ROWS)) == table.strip().splitlines()
+
+
+def test_other_kinds_of_address_say_which_they_are() -> None:
+    outside = words.server("TCP 1.2.3.4:80 rr LoadBalancer node drop from=10.0.0.0/8 label=a/b")
+    inside = words.server("TCP 1.2.3.4:80 (inside) rr LoadBalancer node label=a/b -> 10.1.0.1:80")
+    rows = show_text.service_rows([report(outside), report(inside, (0, 0, 0))], {})
+    table = """
+a  b  1.2.3.4:80/TCP  LoadBalancer         rr  -            -  no local endpoints  -  -  -
+a  b  1.2.3.4:80/TCP  LoadBalancer/inside  rr  10.1.0.1:80  1  active              0  0  0
+"""
+    assert lines(show_text.service_table(rows, headers=False)) == table.strip().splitlines()
+    wide = lines(show_text.service_table(rows, wide=True, headers=False))
+    assert wide[0].split()[6:8] == ["-", "node"]
+    assert "10.0.0.0/8" in wide[0]
 
 
 def test_wide_adds_columns_and_headers_can_go() -> None:
@@ -95,12 +112,17 @@ def test_json_has_a_version_and_documented_names() -> None:
         "address": "10.0.1.175",
         "port": 80,
         "protocol": "TCP",
+        "kind": "ClusterIP",
+        "inside": False,
         "firewallMark": 0,
         "scheduler": "rr",
         "schedulerFlags": [],
         "onePacket": False,
         "persistenceSeconds": 0,
         "persistencePrefix": 32,
+        "masquerade": "detect",
+        "allowed": [],
+        "noEndpoints": "reject",
         "ours": True,
         "connections": 22,
     }
@@ -198,6 +220,8 @@ def test_a_plan_in_one_line_and_by_object() -> None:
         "kind": "VirtualServer",
         "service": "default/web:http",
         "vip": "10.0.1.175:80/TCP",
+        "type": "ClusterIP",
+        "inside": False,
         "realServers": {"add": [], "change": [], "remove": ["10.44.2.3:937"]},
     }
 

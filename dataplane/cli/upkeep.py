@@ -169,7 +169,7 @@ def check(config_file: str | None, output: str, print_schema: bool, **given: Any
     update = source.read()
     desired = Desired(settings.rules())
     desired.update(update)
-    problems = (*update.problems, *desired.conflicts)
+    problems = (*update.problems, *desired.conflicts, *desired.refusals)
     servers = desired.servers.values()
     counts = {
         "services": sum(view is not None and view.service is not None for view in update.changed.values()),
