@@ -16,7 +16,7 @@ TABLE = """
 8   demo doctor
 7   agent netlink_ipvs
 6   ipvs_guard nft_tables iptables_restore manifest_files reconciler testing
-5   nft_chains nft_skeleton iptables_books run_iptables configuration show_text
+5   ipvs_ledger nft_chains nft_skeleton iptables_books run_iptables configuration show_text
 4   backend netlink_node nft_layout ipvsadm_text ipvs_proc_text iptables_text netlink_nftables manifest_content
 3   ipvs_messages nftables_messages netlink_route kubernetes_objects manifest_text demo_stage
 2   desired plan drain nft_clients netlink_socket kubernetes_reading kubernetes_wire kubernetes_fields
