@@ -1,6 +1,7 @@
 """The nftables table in front of IPVS (`ipvs_guard.nft`): its rules, kept intact, and its elements, kept current.
 
-IPVS forwards whatever reaches a virtual server and nothing else: refusing the other ports of a VIP, masquerading, and
+IPVS forwards whatever reaches a virtual server and nothing else: refusing the other ports of a VIP, taking in packets
+to addresses that are not the node's, telling clients inside the cluster from others, source ranges, masquerading, and
 dropping where a Service has no endpoint here are left to this table. Its sets are also our memory in the kernel: which
 IPVS servers are ours, of which Service, and how long a draining real server still has.
 
@@ -14,19 +15,21 @@ import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from msgspec import Struct, field
-
 from . import netlink_nftables as netlink
 from . import nftables_messages as nft
 from .errors import KernelError
-from .model import Address, Masquerade, Protocol, VirtualAddress, format_address
+from .ipvs_ledger import Elements
+from .model import Masquerade, Protocol, VirtualAddress, between, disjoint, format_address
 from .netlink_socket import NetlinkSocket
 from .nft_clients import Clients
 from .nft_skeleton import StaticTable, render
 from .nftables_messages import owner_comment as owner_comment
-from .nlattr import u32_bytes
+from .nftables_messages import read_owner
+from .nlattr import u32, u32_bytes
 
 TABLE = "dataplane-ipvs"
+DELIVERED, DELIVERED_MASK = 0xDA60_0000, 0xFFF0_0000
+"""The mark of packets that shall be delivered to this node, and which of its bits count (`ipvs_guard.nft`)."""
 _TEXT = Path(__file__).with_suffix(".nft")
 _SETTING = re.compile(r"([a-z0-9_.]{1,100})=(\d{1,9})")
 
@@ -37,49 +40,47 @@ _VERDICTS: dict[Masquerade, nft.Verdict] = {
 _MASQUERADES = {verdict: meaning for meaning, verdict in _VERDICTS.items()}
 
 
-DrainKey = tuple[VirtualAddress, Address, int]
-"""A real server (address, port) of a virtual server."""
-
-
-class Elements(Struct):
-    """Contents of the table's sets, or a part of them."""
-
-    servers: dict[VirtualAddress, str] = field(default_factory=dict)
-    """IPVS servers that are ours -> owner as `namespace/name:port`, "" when it has none that fits a comment."""
-    vips: set[Address] = field(default_factory=set)
-    hairpins: set[Address] = field(default_factory=set)
-    dropped: set[VirtualAddress] = field(default_factory=set)
-    masquerade: dict[VirtualAddress, Masquerade] = field(default_factory=dict)
-    """ALWAYS and NEVER; what is not here, or DETECT, follows the options."""
-    draining: dict[DrainKey, int] = field(default_factory=dict)
-    """Seconds: given to the kernel as a timeout, and observed as what is left of it. Its being over removes it."""
-    settings: dict[str, int] = field(default_factory=dict)
-    """Sysctls that we changed -> their value before."""
-
-
 def _key(kind: str, width: int) -> tuple[nft.Field, ...]:
     address = nft.IPV4 if width == 4 else nft.IPV6
     server = (address, nft.PROTOCOL, nft.PORT)
-    if kind == "draining":
+    if kind in ("draining", "draining_inside"):
         return (*server, address, nft.PORT)
-    return {"vips": (address,), "hairpin": (address, address)}.get(kind, server)
+    return {"vips": (address,), "hairpin": (address, address), "allowed": (*server, address)}.get(kind, server)
 
 
-def _wires(kind: str) -> dict[int, nft.SetWire]:
+def _wires(kind: str, *data: nft.Field) -> dict[int, nft.SetWire]:
     """Both families' sets of one kind, by the length of their addresses."""
     return {
-        width: nft.SetWire(nft.INET, TABLE, f"{kind}{suffix}", _key(kind, width)) for width, suffix in ((4, 4), (16, 6))
+        width: nft.SetWire(nft.INET, TABLE, f"{kind}{suffix}", _key(kind, width), data)
+        for width, suffix in ((4, 4), (16, 6))
     }
 
 
 _SERVERS, _VIPS, _HAIRPIN = _wires("servers"), _wires("vips"), _wires("hairpin")
-_DROPPED, _EXCEPTIONS, _DRAINING = _wires("dropped"), _wires("exceptions"), _wires("draining")
+_EXTERNAL, _REFUSED, _DROPPED = _wires("external"), _wires("refused"), _wires("dropped")
+_INSIDE, _MARKS = _wires("inside"), _wires("inside_marks", nft.HOST32)
+_RANGED, _ALLOWED = _wires("ranged"), _wires("allowed")
+_EXCEPTIONS, _DRAINING, _DRAINING_INSIDE = _wires("exceptions"), _wires("draining"), _wires("draining_inside")
 _SETTINGS = nft.SetWire(nft.INET, TABLE, "settings", (nft.HOST32,))
 
 
 def text(clients: Clients) -> str:
     """The table for these options."""
-    return render(_TEXT.read_text(), clients.rules())
+    return render(_TEXT.read_text(), {**clients.rules(), **_unallocated(clients)})
+
+
+def _unallocated(clients: Clients) -> dict[str, list[str]]:
+    """@forward@, @unallocated_output@: drop what is for a cluster IP that no Service has. A bound one never gets to
+    `forward`, and where cluster IPs are not known to come from that hook is left alone."""
+    rules = clients.unallocated()
+    if not rules:
+        return {"forward": [], "unallocated_output": []}
+    ours = []
+    for suffix, word in ((4, "ip"), (6, "ip6")):
+        ours.append(f'{word} daddr @vips{suffix} accept comment "a Service has it"')
+        ours.append(f'{word} daddr . meta l4proto . th dport @servers{suffix} accept comment "on to IPVS"')
+    head = ["chain forward_unallocated {", "\ttype filter hook forward priority filter; policy accept;"]
+    return {"forward": [*head, *(f"\t{rule}" for rule in rules), "}"], "unallocated_output": [*ours, *rules]}
 
 
 class Guard:
@@ -117,22 +118,38 @@ class Guard:
         """All elements the kernel holds; KernelError(ENOENT) when there is no table."""
         seen = Elements()
         for (address, protocol, port), comment, *_ in self._read(_SERVERS):
-            seen.servers[VirtualAddress(protocol, address, port)] = owner_comment(comment)
+            seen.servers[VirtualAddress(protocol, address, port)] = _owner(comment)
+        for (address, protocol, port), comment, _, data, *_ in self._read(_MARKS):
+            at = VirtualAddress(protocol, address, port, True)
+            seen.servers[at] = _owner(comment)
+            if isinstance(data, bytes):
+                seen.marks[at] = u32.decode(data)
+        for wires, found in _plain(seen):
+            inside = wires is _INSIDE
+            found.update(VirtualAddress(key[1], key[0], key[2], inside) for key, *_ in self._read(wires))
         seen.vips.update(each.key[0] for each in self._read(_VIPS))
         seen.hairpins.update(each.key[0] for each in self._read(_HAIRPIN) if each.key[0] == each.key[1])
-        for (address, protocol, port), *_ in self._read(_DROPPED):
-            seen.dropped.add(VirtualAddress(protocol, address, port))
+        for (address, protocol, port, first), *_, last in self._read(_ALLOWED):
+            at = VirtualAddress(protocol, address, port)
+            ranges = between(first, last[3] if last else first)
+            seen.allowed[at] = disjoint((*seen.allowed.get(at, ()), *ranges))
         for (address, protocol, port), _, _, verdict, *_ in self._read(_EXCEPTIONS):
             # a verdict that is not ours counts as DETECT, which nobody asks for: so it differs, and is replaced
             meaning = _MASQUERADES.get(verdict, Masquerade.DETECT) if isinstance(verdict, tuple) else Masquerade.DETECT
             seen.masquerade[VirtualAddress(protocol, address, port)] = meaning
-        for (address, protocol, port, real, real_port), _, remaining, *_ in self._read(_DRAINING):
-            # one without a clock is not ours: over, or it would stay for ever
-            seen.draining[VirtualAddress(protocol, address, port), real, real_port] = -(-(remaining or 0) // 1000)
+        for wires, inside in ((_DRAINING, False), (_DRAINING_INSIDE, True)):
+            for (address, protocol, port, real, real_port), _, remaining, *_ in self._read(wires):
+                # one without a clock is not ours: over, or it would stay for ever
+                key = VirtualAddress(protocol, address, port, inside), real, real_port
+                seen.draining[key] = -(-(remaining or 0) // 1000)
         for _, comment, *_ in self._read({0: _SETTINGS}):
-            if found := _SETTING.fullmatch(comment):
-                seen.settings[found[1]] = int(found[2])
+            if found_setting := _SETTING.fullmatch(comment):
+                seen.settings[found_setting[1]] = int(found_setting[2])
         return seen
+
+    def has_external(self) -> bool:
+        """Whether some server is at an address that the node need not have."""
+        return self.exists() and any(True for _ in self._read(_EXTERNAL))
 
     def _read(self, wires: dict[int, nft.SetWire]) -> Iterator[nft.Element]:
         for wire in wires.values():
@@ -160,33 +177,63 @@ class Guard:
         return "".join(line + "\n" for line in lines)
 
 
+def _owner(comment: str) -> str:
+    """Whose something is, and nothing else that a comment may say."""
+    return owner_comment(*read_owner(comment))
+
+
 def _additions(elements: Elements) -> list[bytes]:
     packed: dict[nft.SetWire, list[bytes]] = {}
     put = packed.setdefault
-    for (protocol, address, port, _), owner in elements.servers.items():
-        wire = _SERVERS[len(address)]
-        put(wire, []).append(wire.element(address, protocol, port, comment=owner_comment(owner)))
+    for (protocol, address, port, inside), owner in elements.servers.items():
+        if not inside:
+            wire = _SERVERS[len(address)]
+            put(wire, []).append(wire.element(address, protocol, port, comment=_owner(owner)))
+    for at, mark in elements.marks.items():
+        protocol, address, port, _ = at
+        wire = _MARKS[len(address)]
+        owner = _owner(elements.servers.get(at, ""))
+        put(wire, []).append(wire.element(address, protocol, port, u32_bytes(mark), comment=owner))
     for address in elements.vips:
         wire = _VIPS[len(address)]
         put(wire, []).append(wire.element(address))
     for address in elements.hairpins:
         wire = _HAIRPIN[len(address)]
         put(wire, []).append(wire.element(address, address))
-    for protocol, address, port, _ in elements.dropped:
-        wire = _DROPPED[len(address)]
-        put(wire, []).append(wire.element(address, protocol, port))
+    for wires, keys in _plain(elements):
+        for protocol, address, port, _ in keys:
+            wire = wires[len(address)]
+            put(wire, []).append(wire.element(address, protocol, port))
     for (protocol, address, port, _), meaning in elements.masquerade.items():
         if meaning is not Masquerade.DETECT:
             wire = _EXCEPTIONS[len(address)]
             put(wire, []).append(wire.element(address, protocol, port, verdict=_VERDICTS[meaning]))
-    for ((protocol, address, port, _), real, real_port), seconds in elements.draining.items():
-        wire = _DRAINING[len(address)]
+    _put_ranges(packed, elements)
+    for ((protocol, address, port, inside), real, real_port), seconds in elements.draining.items():
+        wire = (_DRAINING_INSIDE if inside else _DRAINING)[len(address)]
         # a timeout of 0 would mean: never
         key = (address, protocol, port, real, real_port)
         put(wire, []).append(wire.element(*key, timeout=max(1, seconds) * 1000))
     for name, value in elements.settings.items():
         put(_SETTINGS, []).append(_SETTINGS.element(_setting_key(name), comment=f"{name}={value}"))
     return [message for wire, each in packed.items() for message in wire.add(each)]
+
+
+def _plain(elements: Elements) -> Iterator[tuple[dict[int, nft.SetWire], set[VirtualAddress]]]:
+    """Sets of nothing but servers."""
+    yield _EXTERNAL, elements.external
+    yield _REFUSED, elements.refused
+    yield _DROPPED, elements.dropped
+    yield _INSIDE, elements.inside
+    yield _RANGED, elements.ranged
+
+
+def _put_ranges(packed: dict[nft.SetWire, list[bytes]], elements: Elements) -> None:
+    for (protocol, address, port, _), ranges in elements.allowed.items():
+        wire = _ALLOWED[len(address)]
+        spans = packed.setdefault(wire, [])
+        for each in ranges:
+            spans.append(wire.span(address, protocol, port, each.address, address, protocol, port, each.last))
 
 
 def _setting_key(name: str) -> bytes:
@@ -197,10 +244,13 @@ def _setting_key(name: str) -> bytes:
 def _removals(elements: Elements) -> list[bytes]:
     packed: dict[nft.SetWire, list[bytes]] = {}
     put = packed.setdefault
-    for wires, keys in ((_SERVERS, elements.servers), (_DROPPED, elements.dropped), (_EXCEPTIONS, elements.masquerade)):
+    outside = (at for at in elements.servers if not at.inside)
+    keyed = (_SERVERS, outside), (_MARKS, elements.marks), (_EXCEPTIONS, elements.masquerade)
+    for wires, keys in (*keyed, *_plain(elements)):
         for protocol, address, port, _ in keys:
             wire = wires[len(address)]
             put(wire, []).append(wire.key(address, protocol, port))
+    _put_ranges(packed, elements)
     for address in elements.vips:
         wire = _VIPS[len(address)]
         put(wire, []).append(wire.key(address))
@@ -211,8 +261,8 @@ def _removals(elements: Elements) -> list[bytes]:
         put(_SETTINGS, []).append(_SETTINGS.key(_setting_key(name)))
     messages = [message for wire, each in packed.items() for message in wire.remove(each)]
     drained: dict[nft.SetWire, list[bytes]] = {}
-    for (protocol, address, port, _), real, real_port in elements.draining:
-        wire = _DRAINING[len(address)]
+    for (protocol, address, port, inside), real, real_port in elements.draining:
+        wire = (_DRAINING_INSIDE if inside else _DRAINING)[len(address)]
         drained.setdefault(wire, []).append(wire.key(address, protocol, port, real, real_port))
     for wire, each in drained.items():
         # the clock may have run out at any moment: added first, so that there is something to remove
@@ -226,7 +276,13 @@ def _common(wanted: Elements, seen: Elements) -> Elements:
         servers={at: owner for at, owner in wanted.servers.items() if at in seen.servers},
         vips=wanted.vips & seen.vips,
         hairpins=wanted.hairpins & seen.hairpins,
+        external=wanted.external & seen.external,
+        refused=wanted.refused & seen.refused,
         dropped=wanted.dropped & seen.dropped,
+        inside=wanted.inside & seen.inside,
+        marks={at: mark for at, mark in wanted.marks.items() if at in seen.marks},
+        ranged=wanted.ranged & seen.ranged,
+        allowed={at: seen.allowed[at] for at in wanted.allowed if at in seen.allowed},
         masquerade={at: meaning for at, meaning in wanted.masquerade.items() if at in seen.masquerade},
         draining=wanted.draining,
         settings={name: value for name, value in wanted.settings.items() if name in seen.settings},
@@ -246,19 +302,27 @@ def _printed(elements: Elements) -> Iterator[tuple[str, str, str]]:
         return sorted(keys, key=lambda at: (len(at.address), at.address, at.protocol, at.port))
 
     for at in by_family(elements.servers):
-        comment = owner_comment(elements.servers[at])
-        yield f"servers{suffix(at.address)}", server(at), f' comment "{comment}"' if comment else ""
+        comment = _owner(elements.servers[at])
+        told = f' comment "{comment}"' if comment else ""
+        if not at.inside:
+            yield f"servers{suffix(at.address)}", server(at), told
+        elif at in elements.marks:
+            yield f"inside_marks{suffix(at.address)}", server(at), f"{told} : {elements.marks[at]:#010x}"
     for address in sorted(elements.vips, key=lambda each: (len(each), each)):
         yield f"vips{suffix(address)}", format_address(address), ""
     for address in sorted(elements.hairpins, key=lambda each: (len(each), each)):
         yield f"hairpin{suffix(address)}", f"{format_address(address)} . {format_address(address)}", ""
-    for at in by_family(elements.dropped):
-        yield f"dropped{suffix(at.address)}", server(at), ""
+    for wires, keys in _plain(elements):
+        for at in by_family(keys):
+            yield wires[len(at.address)].name, server(at), ""
+    for at in by_family(elements.allowed):
+        for each in elements.allowed[at]:
+            yield f"allowed{suffix(at.address)}", f"{server(at)} . {each}", ""
     for at in by_family(elements.masquerade):
         if verdict := _VERDICTS.get(elements.masquerade[at]):
-            text = f"goto {verdict[1]}" if verdict[1] else "accept"
-            yield f"exceptions{suffix(at.address)}", server(at), f" : {text}"
+            yield f"exceptions{suffix(at.address)}", server(at), f" : goto {verdict[1]}"
     for key in sorted(elements.draining):
         at, real, port = key
+        name = "draining_inside" if at.inside else "draining"
         text = f"{server(at)} . {format_address(real)} . {port}"
-        yield f"draining{suffix(at.address)}", text, f" timeout {max(1, elements.draining[key])}s"
+        yield f"{name}{suffix(at.address)}", text, f" timeout {max(1, elements.draining[key])}s"

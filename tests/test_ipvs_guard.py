@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from dataplane import netlink_nftables as nft
 from dataplane import procfs_sysctl
 from dataplane.errors import KernelError
-from dataplane.ipvs_guard import TABLE, Elements, Guard, owner_comment, text
+from dataplane.ipvs_guard import TABLE, Guard, owner_comment, text
+from dataplane.ipvs_ledger import Elements
 from dataplane.model import Address, Masquerade, VirtualAddress, parse_address, parse_network
 from dataplane.netlink_route import VipBinding, VipDevice, VipRoutes
 from dataplane.netlink_socket import NETLINK_NETFILTER, NETLINK_ROUTE, NetlinkSocket
@@ -30,6 +31,7 @@ from tests.netns import NetNs, Topology
 TCP, UDP = 6, 17
 WEB = VirtualAddress(TCP, parse_address("10.0.1.175"), 80)
 DNS = VirtualAddress(UDP, parse_address("fd00::1"), 53)
+WEB_INSIDE, DNS_INSIDE = WEB._replace(inside=True), DNS._replace(inside=True)
 POD = parse_address("10.244.0.10")
 CIDRS = (parse_network("10.244.0.0/16"), parse_network("fd00:244::/64"))
 
@@ -37,12 +39,25 @@ CIDRS = (parse_network("10.244.0.0/16"), parse_network("fd00:244::/64"))
 def everything() -> Elements:
     """Something in every set."""
     return Elements(
-        servers={WEB: "default/web:http", DNS: ""},
+        servers={WEB: "default/web:http", DNS: "(LoadBalancer)", WEB_INSIDE: "default/web:http", DNS_INSIDE: ""},
         vips={WEB.address, DNS.address},
         hairpins={POD, parse_address("fd00:244::10")},
+        external={WEB, DNS},
+        refused={DNS},
         dropped={WEB, DNS},
+        inside={WEB_INSIDE, DNS_INSIDE},
+        marks={WEB_INSIDE: 0xDA700001, DNS_INSIDE: 0xDA700002},
+        ranged={WEB, DNS},
+        allowed={
+            WEB: tuple(map(parse_network, ("10.0.0.0/8", "203.0.113.0/25", "203.0.113.200"))),
+            DNS: tuple(map(parse_network, ("2001:db8::/32", "fd00::5/128"))),
+        },
         masquerade={WEB: Masquerade.ALWAYS, DNS: Masquerade.NODE},
-        draining={(WEB, POD, 8080): 86_400, (DNS, parse_address("fd00:244::10"), 53): 30},
+        draining={
+            (WEB, POD, 8080): 86_400,
+            (WEB_INSIDE, POD, 8080): 60,
+            (DNS, parse_address("fd00:244::10"), 53): 30,
+        },
     )
 
 
@@ -56,7 +71,7 @@ def test_every_rule_has_a_comment_with_the_hash_of_the_whole_text() -> None:
     assert len(rules) == sum(map(len, parse(written).rules.values())) >= 20
     assert len(marks) == 1
     assert marks != {line[-11:-2] for line in text(Clients(masquerade_all=True)).splitlines() if "masq" in line}
-    assert "@" not in re.sub(r"@(?=[a-z]+[46]\b)", "", written)
+    assert "@" not in re.sub(r"@(?=[a-z_]+[46]\b)", "", written)
 
 
 def test_options_become_rules() -> None:
