@@ -23,19 +23,9 @@ from .backend import NO_SETTINGS, Options, Outcome, RealCounters, ServerReport, 
 from .drain import DrainKey
 from .errors import KernelError, PreflightError, ToolError
 from .iptables_books import Books, Script, Wanted
-from .iptables_text import (
-    JUMPS,
-    MARKER,
-    SERVICES,
-    Form,
-    Table,
-    chain_name,
-    express,
-    fixed,
-    marker,
-    same_rule,
-    same_rules,
-)
+from .iptables_chains import express
+from .iptables_save import Table, same_rule, same_rules
+from .iptables_text import JUMPS, MARKER, Form, chain_name, fixed, marker
 from .model import Address, Family, VirtualAddress, VirtualServer, family_of
 from .plan import Plan, State
 from .procfs_sysctl import Change, apply, check, restore, running_kernel
@@ -102,7 +92,14 @@ class IptablesBackend:
     def __init__(self, options: Options, clock: Callable[[], float] = time.monotonic, *, alone: bool = False) -> None:
         self._alone = alone
         """The other back end's tables are somebody else's business."""
-        self._form = Form(options.iptables_compat == "classic", options.masquerade_all, options.cluster_cidrs)
+        self._form = Form(
+            options.iptables_compat == "classic",
+            options.masquerade_all,
+            options.cluster_cidrs,
+            options.bridge_interface,
+            options.interface_prefix,
+            options.service_cidrs,
+        )
         self._clock = clock
         families = (Family.IPV4, *([Family.IPV6] if Path("/proc/sys/net/ipv6").exists() else []))
         self._tools = {family: Tools(family, options.iptables_tool) for family in families}
@@ -170,7 +167,7 @@ class IptablesBackend:
         else:
             self._books = {family: self._read(family, tools.save()) for family, tools in self._tools.items()}
         held = (one for books in self._books.values() for one in books.held.values())
-        return State(one.server for one in held if only is None or one.server.at in only)
+        return State(one for one in held if only is None or one.at in only)
 
     def suspects(self, held: State) -> set[VirtualAddress] | None:
         """Cannot tell: `intact` has read everything already, and `observe` right behind it costs nothing."""
@@ -181,7 +178,7 @@ class IptablesBackend:
         wanted: dict[Family, list[tuple[VirtualAddress, VirtualServer | None]]] = {}
         unsure = set()
         for server in plan.add:
-            if self._holds(server.at):
+            if self._book(server.at).holds(server.at):
                 unsure.add(server.at)
             else:
                 wanted.setdefault(family_of(server.at.address), []).append((server.at, self.express(server)))
@@ -243,17 +240,23 @@ class IptablesBackend:
         return {}
 
     def report(self) -> Iterator[ServerReport]:
-        """Our servers, with the connections that the DNAT rule of each endpoint has counted."""
+        """Our servers, with the connections that the DNAT rule of each endpoint has counted.
+
+        All addresses of a ServicePort share its endpoints' chains: the first of them, its cluster IP where it has one,
+        tells the counts of all, and the others cannot tell theirs (-1).
+        """
         for family in self._tools:
             books, hits = self._counted(family)
-            for at, held in sorted(books.held.items()):
+            counts = _told_once(books, hits)
+            counts.update((at, {}) for at in books.damage)
+            for at, count in sorted(counts.items()):
+                server = books.held[at]
                 rows = tuple(
-                    (real, RealCounters(0, 0, hits.get(chain_name("SEP", f"{held.seed}{real}"), 0)))
-                    for real in held.server.real_servers
+                    (real, RealCounters(0, 0, count.get((real.address, real.port), -1))) for real in server.real_servers
                 )
-                chosen = held.server.scheduler if held.damaged else SCHEDULER
-                server = msgspec.structs.replace(held.server, scheduler=chosen)
-                yield ServerReport(server, 0, sum(counters.connections for _, counters in rows), rows, at in books.held)
+                known = sum(counters.connections for _, counters in rows if counters.connections >= 0)
+                shown = server if at in books.damage else msgspec.structs.replace(server, scheduler=SCHEDULER)
+                yield ServerReport(shown, 0, known, rows, True)
 
     def monitors(self) -> tuple[int, ...]:
         """None: legacy tables tell nobody of changes; the agent's timer looks."""
@@ -313,8 +316,7 @@ class IptablesBackend:
             if not same_rules(tables.get(name, Table()).chains.get(MARKER, ()), rules):
                 lines = [f"*{name}", f":{MARKER} - [0:0]", *(f"-A {MARKER} {rule}" for rule in rules), "COMMIT"]
                 text.append("\n".join(lines) + "\n")
-        tidy = books.tidy and not books.orphans and SERVICES in tables.get("nat", Table()).chains
-        if not tidy:
+        if not books.tidy or books.orphans:
             text.append("\n".join(books.compose((), whole=True).lines) + "\n")
         for name in ("filter", "nat"):
             table = tables.get(name, Table())
@@ -322,10 +324,11 @@ class IptablesBackend:
             for chain, rules in wanted[name].items():
                 if chain not in table.chains or not same_rules(table.chains[chain], rules):
                     lines += [f":{chain} - [0:0]", *(f"-A {chain} {rule}" for rule in rules)]
-            standing = {chain for chain, _ in table.jumps}
-            for chain, rule in JUMPS[name]:
-                if chain not in standing or not any(at == chain and same_rule(one, rule) for at, one in table.jumps):
-                    lines.append(f"-I {chain} {rule}")
+            for chain, jumps in JUMPS[name].items():
+                standing = [rule for at, rule in table.jumps if at == chain and _ours(rule, jumps)]
+                if not same_rules(standing, jumps):
+                    lines += [f"-D {chain} {rule}" for rule in standing]
+                    lines += [f"-I {chain} {rule}" for rule in reversed(jumps)]
             if lines:
                 text.append("\n".join([f"*{name}", *lines, "COMMIT"]) + "\n")
         return "".join(text)
@@ -383,10 +386,6 @@ class IptablesBackend:
     def _book(self, at: VirtualAddress) -> Books:
         return self._book_of(family_of(at.address))
 
-    def _holds(self, at: VirtualAddress) -> bool:
-        held = self._book(at).held.get(at)
-        return held is not None and not held.damaged
-
     def _counted(self, family: Family) -> tuple[Books, dict[str, int]]:
         """Connections by endpoint chain, which never fall: neither by somebody's `-Z` nor by a look in between.
 
@@ -439,10 +438,10 @@ class IptablesBackend:
                 culprits += 1
                 for at, _ in some:
                     failed[at] = KernelError("program", str(at), errno.EINVAL, told)
-            elif blamed is not None:
+            elif blamed:
                 culprits += 1
-                failed[blamed] = KernelError("program", str(blamed), errno.EINVAL, told)
-                waiting.append([one for one in some if one[0] != blamed])
+                failed.update((at, KernelError("program", str(at), errno.EINVAL, told)) for at in blamed)
+                waiting.append([one for one in some if one[0] not in blamed])
             else:
                 middle = len(some) // 2
                 waiting += [some[middle:], some[:middle]]
@@ -459,10 +458,31 @@ class IptablesBackend:
         self._book_of(family).apply(script)
 
 
-def _blamed(told: str, script: Script) -> VirtualAddress | None:
-    """The object whose line a failed restore names."""
+def _blamed(told: str, script: Script) -> tuple[VirtualAddress, ...]:
+    """The objects whose line a failed restore names."""
     found = _LINE.search(told)
-    return script.whose(int(found[1])) if found else None
+    return script.whose(int(found[1])) if found else ()
+
+
+def _ours(rule: str, jumps: Collection[str]) -> bool:
+    """Whether a rule of a built-in chain is one that we put there."""
+    return any(same_rule(rule, one) for one in jumps)
+
+
+def _told_once(books: Books, hits: Mapping[str, int]) -> dict[VirtualAddress, dict[tuple[Address, int], int]]:
+    """What the KUBE-SEP chains have counted, told once each, by virtual address and endpoint."""
+    counts: dict[VirtualAddress, dict[tuple[Address, int], int]] = {}
+    for sites in books.sites():
+        told = set()
+        for site in sorted(sites, key=lambda one: not one.plain):
+            for server in filter(None, (site.outside, site.inside)):
+                mine = counts.setdefault(server.at, {})
+                for real in server.real_servers:
+                    name = chain_name("SEP", f"{site.seed}{real}")
+                    if name not in told:
+                        told.add(name)
+                        mine[real.address, real.port] = hits.get(name, 0)
+    return counts
 
 
 def _settings(tables: Mapping[str, Table]) -> dict[str, int]:
@@ -481,7 +501,7 @@ def _restorable(tables: Mapping[str, Table]) -> str:
             lines += [
                 f"-A {chain} {rule}"
                 for chain, rule in table.jumps
-                if any(at == chain and same_rule(rule, jump) for at, jump in JUMPS[name])
+                if _ours(rule, JUMPS[name].get(chain, ()))
             ]
             lines += [f"-A {chain} {rule}" for chain in ours for rule in table.chains[chain]]
             lines.append("COMMIT")
@@ -491,13 +511,9 @@ def _restorable(tables: Mapping[str, Table]) -> str:
 def _removal(name: str, table: Table) -> str:
     """The text that takes our chains out of a table; one that somebody else jumps to is only emptied."""
     ours = table.ours()
-    mine = {
-        (chain, one) for chain, one in table.jumps for at, rule in JUMPS[name] if at == chain and same_rule(one, rule)
-    }
+    mine = [(chain, rule) for chain, rule in table.jumps if _ours(rule, JUMPS[name].get(chain, ()))]
     lines = [f"*{name}", *(f":{chain} - [0:0]" for chain in ours)]
-    lines += [
-        f"-D {chain} {rule}" for chain, rule in JUMPS[name] for at, one in mine if at == chain and same_rule(one, rule)
-    ]
+    lines += [f"-D {chain} {rule}" for chain, rule in mine]
     used = " ".join(rule for chain, rule in table.jumps if (chain, rule) not in mine) + " "
     used += " ".join(rule for chain, rules in table.chains.items() if chain not in ours for rule in rules) + " "
     lines += [f"-X {chain}" for chain in ours if f"-j {chain} " not in used and f"-g {chain} " not in used]

@@ -9,7 +9,8 @@ import errno
 from pathlib import Path
 
 from .errors import KernelError, NotRoot, PreflightError, ToolError, Unanswered
-from .iptables_text import MARKER, Table, parse_save
+from .iptables_save import Table, parse_save
+from .iptables_text import MARKER
 from .model import Family
 from .netlink_nftables import read_chains
 from .netlink_socket import NETLINK_NETFILTER, NetlinkSocket
