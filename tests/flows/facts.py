@@ -15,7 +15,7 @@ from dataplane.netlink_socket import NetlinkSocket, message
 from dataplane.nlattr import NlAttrs, attr, be16, be32, blob, nested, u8
 from dataplane.run_tool import run_tool
 
-from .cases import Case, ConntrackEntry, Flow, HealthCheck
+from .cases import Case, ConntrackEntry, HealthCheck
 
 _HTTP_SECONDS = 3.0
 _NODE_PORTS = range(30000, 32768)
@@ -51,7 +51,6 @@ def faults(case: Case, agent: Facts) -> Iterator[str]:
         yield f"affinity: expected {case.affinity.timeout_seconds} s, the kernel holds {seen_seconds or 'none'}"
     if agent.names_are_current:
         yield from _names(case.kernel_names.get("iptables") or {}, agent.iptables_tool)
-        yield from _filter_rules(case.flows, agent.iptables_tool)
 
 
 def conntrack_faults(case: Case, agent: Facts) -> Iterator[str]:
@@ -227,15 +226,3 @@ def _names(names: dict[str, str], tool: str) -> Iterator[str]:
     for what, name in names.items():
         if name not in chains:
             yield f"kernel name of {what}: expected the chain {name}, there is none"
-
-
-def _filter_rules(flows: tuple[Flow, ...], tool: str) -> Iterator[str]:
-    """`ACCEPT rule in filter/KUBE-NODEPORTS`: a rule of that chain and verdict for the flow's port."""
-    for flow in flows:
-        if not flow.iptables_filter:
-            continue
-        verdict, _, place = flow.iptables_filter.partition(" rule in ")
-        table, _, chain = place.partition("/")
-        rules = _chains(table, tool).get(chain, [])
-        if not any(f"--dport {flow.dst_port} " in rule and rule.endswith(f"-j {verdict}") for rule in rules):
-            yield f"{flow}: expected {flow.iptables_filter}, there is none among {len(rules)} rules"
