@@ -274,6 +274,8 @@ class Agent:
         for problem in sorted(self._told - standing):
             self._log.info("input mended", problem=printable(str(problem), 500))
         self._told = standing
+        for remark in self._reconciler.remarks():
+            self._log.warning("remark", remark=printable(remark, 4000))
 
     def status(self) -> dict[str, Any]:
         """What `dataplane status` shows. Times in seconds since the epoch."""

@@ -74,6 +74,7 @@ class IptablesBackend:
 
     mode = "iptables"
     drains = False
+    shares_affinity = True
 
     def __init__(self, options: Options, clock: Callable[[], float] = time.monotonic) -> None:
         self._form = Form(options.iptables_compat == "classic", options.masquerade_all, options.cluster_cidrs)

@@ -182,6 +182,7 @@ class IpvsBackend:
 
     mode = "ipvs"
     drains = True
+    shares_affinity = False
 
     def __init__(self, options: Options) -> None:
         self._options = options

@@ -144,8 +144,8 @@ def apply(config_file: str | None, output: str, dry_run: bool, **given: Any) -> 
             else f"{draining} real servers drain; they go when you run apply again or an agent runs"
         )
     say_problems(problems)
-    for error in failed:
-        say(str(error))
+    for text in (*reconciler.remarks(), *map(str, failed)):
+        say(text)
     _say_kept(kept)
     incomplete = _say_withheld(report.blocked, report.held_back)
     return FAILED if failed or incomplete else BAD_INPUT if problems else 0
