@@ -119,6 +119,10 @@ def proxied(service: Service) -> bool:
     return not (service.other_proxy or service.headless or service.type is ServiceType.EXTERNAL_NAME)
 
 
+def _label(name: ObjectName, port: ServicePort) -> str:
+    return str(ServicePortName(name.namespace, name.name, port.name))
+
+
 def _cluster_ip_server(
     service: Service, port: ServicePort, vip: Address, chosen: Chosen, rules: Rules
 ) -> VirtualServer:
@@ -133,7 +137,7 @@ def _cluster_ip_server(
         Masquerade.DETECT,
         NoServers.DROP if chosen.anywhere and not reals else NoServers.REJECT,
         True,
-        str(ServicePortName(*service.name, port.name)),
+        _label(service.name, port),
     )
 
 
@@ -160,7 +164,7 @@ def _external_servers(
             Masquerade.NODE if service.external_local else Masquerade.ALWAYS,
             NoServers.DROP if chosen.anywhere and not reals else NoServers.REJECT,
             False,
-            str(ServicePortName(*service.name, port.name)),
+            _label(service.name, port),
             kind,
             allowed if kind is Kind.LOAD_BALANCER else (),
         )
@@ -245,6 +249,11 @@ def _join(view: ServiceView, port: ServicePort, family: Family) -> dict[tuple[Ad
     return joined
 
 
+def serving(view: ServiceView, port: ServicePort, family: Family) -> set[tuple[Address, int]]:
+    """Endpoints of a service port that still answer, by whatever policy or hint new clients are kept from them."""
+    return {key for key, endpoint in _join(view, port, family).items() if endpoint.serving}
+
+
 def _topology(ready: list[Joined], rules: Rules) -> list[Joined]:
     """Ready endpoints nearest to this node, if every one of them has a hint and some hint means us (KEP-3015, 4444)."""
     if rules.node_name and all(endpoint.node_hints for _, endpoint in ready):
@@ -297,6 +306,14 @@ def _external(service: Service) -> bool:
     return bool(service.external_ips or service.load_balancer_ips) or service.type in EXTERNAL_TYPES
 
 
+_FIELDS = {
+    Kind.CLUSTER_IP: "spec.clusterIP",
+    Kind.NODE_PORT: "spec.ports[].nodePort",
+    Kind.EXTERNAL_IP: "spec.externalIPs",
+    Kind.LOAD_BALANCER: "status.loadBalancer.ingress",
+}
+
+
 class Desired:
     """The wanted state of the whole node, kept current Service by Service.
 
@@ -319,6 +336,7 @@ class Desired:
 
     def update(self, update: Update) -> set[VirtualAddress]:
         """Take in what a source delivered; returns the virtual addresses whose server may have changed."""
+        disputed = bool(self._contested)
         touched: set[VirtualAddress] = set()
         fresh: dict[tuple[ObjectName, VirtualAddress], VirtualServer] = {}
         for name, view in update.changed.items():
@@ -331,6 +349,9 @@ class Desired:
                 self._claim(name, server)
                 fresh[name, server.at] = server
                 touched.add(server.at)
+        if disputed or self._contested:
+            # who has an address has it for clients inside as well
+            touched |= {twin for at in touched if (twin := at._replace(inside=True)) in self._claims}
         for at in touched:
             self._settle(at, fresh)
         return touched
@@ -338,6 +359,20 @@ class Desired:
     def drain_seconds(self, at: VirtualAddress) -> int:
         """How long real servers of this virtual address may drain; a Service that is gone leaves the default."""
         return self._drains.get(at, self.rules.drain_seconds)
+
+    def serving(self, at: VirtualAddress) -> set[tuple[Address, int]]:
+        """The endpoints that still answer of the Service that has a virtual address, whatever its policies are."""
+        server = self.servers.get(at)
+        if server is None:
+            return set()
+        owner = self._claims[at][0]
+        view = self._views[owner]
+        return {
+            place
+            for port in (view.service.ports if view.service else ())
+            if port.protocol == at.protocol and _label(owner, port) == server.label
+            for place in serving(view, port, family_of(at.address))
+        }
 
     def renew(self, rules: Rules) -> set[VirtualAddress]:
         """Go by other rules from now on (a node address came or went, another zone); what may have changed by it."""
@@ -387,12 +422,23 @@ class Desired:
     @property
     def conflicts(self) -> tuple[Problem, ...]:
         """Services that want a virtual address which another Service has."""
-        claimed = [(at, *self._claims[at]) for at in sorted(self._contested)]
         return tuple(
-            Problem("services", 0, f"Service {loser}", "spec.clusterIP", f"{at} belongs to Service {owner}")
-            for at, owner, *losers in claimed
-            for loser in losers
+            Problem(
+                "services",
+                0,
+                f"Service {loser}",
+                self._field(loser, at),
+                f"{at} belongs to Service {self._claims[at][0]}",
+            )
+            for at in sorted(self._contested)
+            if not at.inside
+            for loser in self._claims[at][1:]
         )
+
+    def _field(self, name: ObjectName, at: VirtualAddress) -> str:
+        """What of a Service asks for a virtual address."""
+        kinds = (one.kind for one in virtual_servers(self._views[name], self.rules) if one.at == at)
+        return _FIELDS[next(kinds, Kind.CLUSTER_IP)]
 
     def _forget(self, name: ObjectName) -> tuple[VirtualAddress, ...]:
         addresses = self._addresses.pop(name, ())
@@ -440,11 +486,12 @@ class Desired:
 
     def _settle(self, at: VirtualAddress, fresh: dict[tuple[ObjectName, VirtualAddress], VirtualServer]) -> None:
         """Give `at` to the first of its claims."""
-        claims = self._claims.get(at)
-        if not claims:
+        claims = self._claims.get(at, ())
+        owners = self._claims.get(at._replace(inside=False), ()) if at.inside else claims
+        if not owners or owners[0] not in claims:
             self.servers.pop(at, None)
             return
-        owner = claims[0]
+        owner = owners[0]
         view = self._views[owner]
         server = fresh.get((owner, at))
         self.servers[at] = server or next(s for s in virtual_servers(view, self.rules) if s.at == at)

@@ -60,13 +60,14 @@ def parse_address(text: str) -> Address:
 
 def format_address(address: bytes) -> str:
     """Canonical text of a packed address (RFC 5952 for IPv6, as inet_ntop prints it)."""
-    return socket.inet_ntop(family_of(address), address)
+    return socket.inet_ntoa(address) if len(address) == 4 else socket.inet_ntop(socket.AF_INET6, address)
 
 
 def format_endpoint(address: bytes, port: int) -> str:
     """`10.0.1.175:80` or `[fd00::1]:80`."""
-    text = format_address(address)
-    return f"{text}:{port}" if len(address) == 4 else f"[{text}]:{port}"
+    if len(address) == 4:
+        return f"{socket.inet_ntoa(address)}:{port}"
+    return f"[{format_address(address)}]:{port}"
 
 
 class Network(Struct, frozen=True, gc=False):

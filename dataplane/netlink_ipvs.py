@@ -30,7 +30,7 @@ import msgspec
 from msgspec import Struct
 
 from . import ipvs_proc_text, ipvsadm_text
-from .backend import Options, Outcome, RealCounters, ServerReport, Transaction
+from .backend import NO_SETTINGS, Options, Outcome, RealCounters, ServerReport, Transaction
 from .drain import DrainKey
 from .errors import KernelError, NotRoot, PreflightError, ToolError
 from .ipvs_guard import DELIVERED, DELIVERED_MASK, TABLE, Guard
@@ -105,6 +105,13 @@ _ALREADY_GONE = {(DEL_SERVICE, errno.ESRCH), (DEL_DEST, errno.ESRCH), (DEL_DEST,
 def open_backend(options: Options) -> "IpvsBackend":
     """The backend in the calling thread's network namespace; PreflightError when the kernel has no IPVS."""
     return IpvsBackend(options)
+
+
+def open_leftover(options: Options) -> "IpvsBackend":
+    """The same with VIPs bound as they are here."""
+    with NetlinkSocket(NETLINK_ROUTE) as sock:
+        routes = not VipDevice(sock).exists() and bool(VipRoutes(sock).bound())
+    return IpvsBackend(msgspec.structs.replace(options, vip_binding="routes" if routes else "device"))
 
 
 BY_HASH = "mh"
@@ -229,7 +236,11 @@ class IpvsBackend:
             changed |= {"scheduler": BY_HASH, "flags": 0, "persistence": 0, "persistence_prefix": 32}
         return msgspec.structs.replace(server, **changed)
 
-    def prepare(self) -> tuple[str, ...]:
+    def present(self) -> bool:
+        """Our guard table or our device is there."""
+        return self.guard.exists() or VipDevice(self._route).exists()
+
+    def prepare(self, before: Mapping[str, int] = NO_SETTINGS) -> tuple[str, ...]:
         """Load modules, set sysctls, make kube-ipvs0 and the guard table; nothing is written that is there already."""
         _load_modules(lambda: self._encoder)
         lacking = [one for one in check(self._sysctls, running_kernel()) if one.error and one.before is not None]
@@ -244,14 +255,20 @@ class IpvsBackend:
         if self.delivers:
             self.delivery.ensure()
         # what was there before us is noted before it changes, so that `remove` can put it back whoever runs it
-        self._before = {one.name: one.before for one in lacking if one.before is not None} | self._before
-        if self._before and (lacking or made_guard):
+        inherited = {one.name: before[one.name] for one in self._sysctls if one.name in before}
+        found = {one.name: one.before for one in lacking if one.before is not None}
+        self._before = found | inherited | self._before
+        if self._before and (lacking or inherited or made_guard):
             self.guard.commit(Elements(settings=self._before), Elements())
         if any(self._options.timeouts):
             tcp, fin, udp = self._options.timeouts
             request = self._encoder.command(SET_CONFIG, timeout_tcp=tcp, timeout_tcp_fin=fin, timeout_udp=udp)
             self._genl.request(request, "set", "IPVS timeouts")
         return tuple(str(one) for one in apply(self._sysctls, running_kernel()) if one.error)
+
+    def settings(self) -> dict[str, int]:
+        """Noted in the guard table."""
+        return self.guard.observe().settings if self.guard.exists() else {}
 
     def observe(self, only: Collection[VirtualAddress] | None = None) -> State:
         """What the kernel holds of ours.
@@ -466,11 +483,17 @@ class IpvsBackend:
         touched = touched or bool(foreign_touches(tables, INET, TABLE, (self._netfilter.port,)))
         return touched or lost_links or lost_tables
 
-    def remove(self) -> None:
+    def text(self, language: str) -> str | None:
+        """The guard table as `nft` lists it, which `nft -f` reads."""
+        if language != "nft":
+            return None
+        return run_tool(["nft", "list", "table", "inet", TABLE]) if self.guard.exists() else ""
+
+    def remove(self, leave: Collection[str] = ()) -> None:
         """Take away our servers (those in the ledger), what leads to them, and the guard table; put sysctls back."""
         if self.guard.exists():
             ledger = self.guard.observe()
-            ours = {one.name: one.value for one in IPVS_SYSCTLS + STRICT_ARP_SYSCTLS}
+            ours = {one.name: one.value for one in IPVS_SYSCTLS + STRICT_ARP_SYSCTLS if one.name not in leave}
             restore(
                 Change(name, before, before, ours[name]) for name, before in ledger.settings.items() if name in ours
             )

@@ -12,6 +12,7 @@ moves no client; and each Service port has one, by which all of its addresses sh
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
+from itertools import chain as joined
 from math import gcd
 from typing import NamedTuple
 
@@ -37,6 +38,8 @@ TABLE = "dataplane-nftables"
 SCHEDULER = "random"
 SLOTS = 256
 """Weights are scaled down to so many slots, unless there are more endpoints than that."""
+ROWS = 64
+"""Endpoints of a new server that are packed in one piece."""
 
 Target = tuple[Address, int]
 """Address and port of an endpoint."""
@@ -48,7 +51,7 @@ HOME_BITS, NUMBER_BITS = 0x7FFF_0000, 0x0000_FFFF
 """An endpoint's number: that of its Service's port above, its own below. So one priority says both."""
 
 
-class Entry(Struct):
+class Entry(Struct, gc=False):
     """What the table holds of one virtual address."""
 
     chain: str = ""
@@ -92,6 +95,8 @@ class Entry(Struct):
 
 
 NOTHING = Entry()
+_NONE: tuple[dict[int, int], set[int], set[Target]] = ({}, set(), set())
+"""Numbers, alive and idle of all servers that have none: nobody changes an entry that `layout` has made."""
 
 
 class Parts(NamedTuple):
@@ -191,7 +196,7 @@ def layout(server: VirtualServer, held: Entry, homes: "Homes") -> Entry:
         targets = [(real.address, real.port) for real in server.real_servers if real.weight == 1]
         if len(targets) == len(server.real_servers) and server.masquerade is Masquerade.DETECT:
             # a new server as most are: a slot for each
-            return Entry(chain_name(len(at.address), 0, len(targets)), "", comment, dict(enumerate(targets)))
+            return Entry(chain_name(len(at.address), 0, len(targets)), "", comment, dict(enumerate(targets)), *_NONE)
     wanted: dict[Target, int] = {}
     entry = Entry(comment=comment)
     for real in server.real_servers:
@@ -266,12 +271,16 @@ class Homes:
         """An entry took another's place: numbers that nobody has any more are free."""
         if not (old.home or new.home or old.numbers or new.numbers):
             return
+        gone: list[tuple[int, Target | None]] = []
         for entry, step in ((new, 1), (old, -1)):
-            if entry.home:
-                self._uses[entry.home, None] += step
-            for number, target in entry.endpoints.items() if entry.numbers else ():
-                self._uses[number & HOME_BITS, target] += step
-        for home, whose in [use for use, count in self._uses.items() if count <= 0]:
+            uses: list[tuple[int, Target | None]] = [(entry.home, None)] if entry.home else []
+            if entry.numbers:
+                uses += [(number & HOME_BITS, target) for number, target in entry.endpoints.items()]
+            for use in uses:
+                self._uses[use] += step
+                if self._uses[use] <= 0:
+                    gone.append(use)
+        for home, whose in gone:
             del self._uses[home, whose]
             if whose is not None:
                 self._numbers.get(home, {}).pop(whose, None)
@@ -396,17 +405,21 @@ class Difference(Struct):
         """Add what turns one entry of a virtual address into another."""
         protocol, address, port, inside = at
         width = len(address)
-        if old is NOTHING and new.chain and not (new.numbers or new.idle or new.external or new.masquerade or inside):
+        if old is NOTHING and new.chain and not (new.numbers or new.idle or new.masquerade or inside):
             # a new server as most are
             pack = _going(width, new.chain, len(new.comment))
             comment = (new.comment.encode("ascii"),) if new.comment else ()
             self.add.setdefault(SERVICES[width], []).append(pack(address, protocol, port, *comment))
-            wire = ENDPOINTS[width]
-            plain = wire.plain
-            self.add.setdefault(wire, []).extend(
-                [plain(address, protocol, port, u32_bytes(i), real, to) for i, (real, to) in new.endpoints.items()]
-            )
-            if new.allowed:
+            wire, targets = ENDPOINTS[width], new.endpoints.values()
+            if len(targets) <= ROWS:
+                packed = wire.rows(len(targets))(address, protocol, port, *joined.from_iterable(targets))
+                self.add.setdefault(wire, []).append(packed)
+            else:
+                plain = wire.plain
+                self.add.setdefault(wire, []).extend(
+                    [plain(address, protocol, port, u32_bytes(i), real, to) for i, (real, to) in new.endpoints.items()]
+                )
+            if new.allowed or new.external:
                 self._apply_external(at, old, new)
             return
         remove, add = self.remove.setdefault, self.add.setdefault

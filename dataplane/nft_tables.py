@@ -12,7 +12,7 @@ they counted is kept in memory. A new process begins with what the elements say.
 
 import errno
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -21,7 +21,7 @@ from msgspec import Struct
 from . import netlink_nftables as netlink
 from . import nft_layout as lay
 from . import nftables_messages as nft
-from .backend import Options, Outcome, RealCounters, ServerReport, Transaction
+from .backend import NO_SETTINGS, Options, Outcome, RealCounters, ServerReport, Transaction
 from .drain import DrainKey
 from .errors import KernelError, Unanswered
 from .model import Address, VirtualAddress, VirtualServer, between, disjoint, format_address
@@ -33,9 +33,12 @@ from .nft_skeleton import StaticTable, render
 from .nlattr import u32_bytes
 from .plan import Plan, State
 from .procfs_sysctl import Change, Wanted, apply, check, restore, running_kernel
+from .run_tool import run_tool
 
 SYSCTLS = (Wanted("net.ipv4.ip_forward", 1, "packets to a Service leave for endpoints on other machines"),)
 _TEXT = Path(__file__).with_suffix(".nft")
+_ECHOES = 4096
+"""Unread messages about elements that are gone; more of them are read at once."""
 _RACES = 20
 """Commits of others that may come in between before a commit of ours gives up."""
 
@@ -45,7 +48,10 @@ def open_backend(options: Options) -> "NftablesBackend":
     return NftablesBackend(options)
 
 
-class Step(Struct, frozen=True):
+open_leftover = open_backend
+
+
+class Step(Struct, frozen=True, gc=False):
     """One virtual server on its way: as it lies, and as it shall lie."""
 
     at: VirtualAddress
@@ -110,6 +116,8 @@ class NftablesBackend:
         self._generation: int | None = None
         self._counted: dict[VirtualAddress, dict[Target, int]] = {}
         """Connections that elements which are gone had counted."""
+        self._echoes: list[bytes] = []
+        """What the kernel told of them, not yet read: nobody who waits for a change needs it."""
         self._homes = Homes()
 
     # ------------------------------------------------------------------------------------------------ contract
@@ -118,9 +126,14 @@ class NftablesBackend:
         """Random choice, weights as slots; see `nft_layout.canonical`."""
         return lay.canonical(server)
 
-    def prepare(self) -> tuple[str, ...]:
+    def present(self) -> bool:
+        """Our table is there."""
+        return self._table.exists()
+
+    def prepare(self, before: Mapping[str, int] = NO_SETTINGS) -> tuple[str, ...]:
         """Table and sysctls; nothing is written that is there already."""
-        lacking = [one for one in check(SYSCTLS, running_kernel()) if one.error and one.before is not None]
+        lacking = {one.name: one.before for one in check(SYSCTLS, running_kernel()) if one.error}
+        noted = {name: value for name, value in lacking.items() if value is not None} | dict(before)
         self._table.ensure()
         messages = []
         for name, comments in self._table.read()[1].items():
@@ -129,12 +142,23 @@ class NftablesBackend:
                 messages += chain.messages(there=True)
         # what was there before us is noted before it changes, so that `remove` can put it back whoever runs it
         notes = [
-            lay.SETTINGS.element(u32_bytes(number), comment=f"{one.name}={one.before}")
-            for number, one in enumerate(lacking)
+            lay.SETTINGS.element(u32_bytes(number), comment=f"{one.name}={noted[one.name]}")
+            for number, one in enumerate(SYSCTLS)
+            if one.name in noted
         ]
         netlink.commit(self._sock, [*messages, *lay.SETTINGS.add(notes)])
         self._generation = None  # what we know of the elements has to be looked up
         return tuple(str(one) for one in apply(SYSCTLS, running_kernel()) if one.error)
+
+    def settings(self) -> dict[str, int]:
+        """Noted in the table."""
+        noted = {}
+        if self._table.exists():
+            for _, comment, *_ in netlink.read_elements(self._sock, lay.SETTINGS):
+                name, _, value = comment.partition("=")
+                if value.isdecimal():
+                    noted[name] = int(value)
+        return noted
 
     def observe(self, only: Collection[VirtualAddress] | None = None) -> State:
         """What the kernel holds of ours; `ghosts` are virtual addresses of which there are only parts."""
@@ -162,12 +186,14 @@ class NftablesBackend:
                 state.put(lay.server_of(at, entry, vips, hairpins))
             else:
                 state.ghosts.add(at)
+        self._count_echoes()
         for at in self._counted.keys() - self._entries.keys():
             del self._counted[at]
         return state
 
     def suspects(self, held: State) -> set[VirtualAddress] | None:
         """None at all while the ruleset is of the generation we know; what packets write does not raise it."""
+        self._count_echoes()
         if self._generation is None or netlink.read_generation(self._sock).id != self._generation:
             return None
         return set()
@@ -178,22 +204,24 @@ class NftablesBackend:
             self.observe()
         steps, unsure = [], set()
         chains: dict[str, None] = {}
+        entries, layout = self._entries, lay.layout
         for server in plan.add:
-            old = self._entries.get(server.at, NOTHING)
+            at = server.at
+            old = entries.get(at, NOTHING)
             if old is not NOTHING and old.whole():
-                unsure.add(server.at)
+                unsure.add(at)
                 continue
-            steps.append(Step(server.at, old, lay.layout(_canonical(server), old, self._homes)))
+            steps.append(Step(at, old, layout(_canonical(server), old, self._homes)))
         for change in plan.change:
             at = change.new.at
             if at not in self._entries:
                 unsure.add(at)
                 continue
             old = self._entries[at]
-            steps.append(Step(at, old, lay.layout(_canonical(change.new), old, self._homes)))
-        for step in steps:
-            if step.new.chain and step.new.chain not in self._chains:
-                chains |= dict.fromkeys(name for name in needed(step.new.chain) if name not in self._chains)
+            steps.append(Step(at, old, layout(_canonical(change.new), old, self._homes)))
+        for missing in {step.new.chain: None for step in steps if step.new.chain not in self._chains}:
+            if missing:
+                chains |= dict.fromkeys(name for name in needed(missing) if name not in self._chains)
         for server in plan.remove:
             old = self._entries.get(server.at, NOTHING)
             if old is not NOTHING:
@@ -231,6 +259,7 @@ class NftablesBackend:
         """Every server of ours with its counters."""
         if not self._table.exists():
             return
+        self._count_echoes()
         entries, vips, hairpins, packets = self._read()
         for at in sorted(entries, key=lambda each: (len(each.address), each)):
             entry = entries[at]
@@ -255,16 +284,17 @@ class NftablesBackend:
         touched, self._touched = self._touched, False
         return touched
 
-    def remove(self) -> None:
+    def text(self, language: str) -> str | None:
+        """The table as `nft` lists it, which `nft -f` reads (1.0.6 not where IPv6 has affinity: it lacks registers)."""
+        if language != "nft":
+            return None
+        return run_tool(["nft", "list", "table", "inet", TABLE]) if self._table.exists() else ""
+
+    def remove(self, leave: Collection[str] = ()) -> None:
         """Delete the table; put sysctls back."""
         if self._table.exists():
-            before = {}
-            for _, comment, *_ in netlink.read_elements(self._sock, lay.SETTINGS):
-                name, _, value = comment.partition("=")
-                if value.isdecimal():
-                    before[name] = int(value)
-            ours = {one.name: one.value for one in SYSCTLS}
-            restore(Change(name, value, value, ours[name]) for name, value in before.items() if name in ours)
+            ours = {one.name: one.value for one in SYSCTLS if one.name not in leave}
+            restore(Change(name, value, value, ours[name]) for name, value in self.settings().items() if name in ours)
             try:
                 netlink.commit(self._sock, [netlink.delete_table(nft.INET, TABLE)])
             except KernelError as error:
@@ -327,16 +357,19 @@ class NftablesBackend:
             messages += [message for wire, each in packed.items() for message in wire.add(each)]
         if not messages:
             return
-        for echo in self._transact(messages):
-            self._keep_count(echo)
+        self._echoes += self._transact(messages)
+        if len(self._echoes) > _ECHOES:
+            self._count_echoes()
         self._chains.update(made)
+        entries = self._entries
         for step in steps:
             self._homes.replace(step.old, step.new)
             if step.new is NOTHING:
-                self._entries.pop(step.at, None)
+                self._count_echoes()
+                entries.pop(step.at, None)
                 self._counted.pop(step.at, None)
             else:
-                self._entries[step.at] = step.new
+                entries[step.at] = step.new
 
     def _transact(self, messages: list[bytes]) -> list[bytes]:
         """The batch, for the generation we know; again, if another table's change was all that came in between."""
@@ -366,6 +399,12 @@ class NftablesBackend:
             touches = netlink.foreign_touches(notes, nft.INET, TABLE, (self._sock.port,))
             self._touched = self._touched or lost or bool(touches)
         return self._touched
+
+    def _count_echoes(self) -> None:
+        """Read what the kernel told of elements that are gone."""
+        echoes, self._echoes = self._echoes, []
+        for echo in echoes:
+            self._keep_count(echo)
 
     def _keep_count(self, echo: bytes) -> None:
         """What elements had counted that a commit of ours took away."""
@@ -474,9 +513,9 @@ def _addresses(plan: Plan) -> _Shared:
     remove: lay.Packed = {}
     add: lay.Packed = {}
     for packed, vips, hairpins in ((remove, plan.unbind, plan.hairpin_remove), (add, plan.bind, plan.hairpin_add)):
-        for address in vips:
-            wire = lay.VIPS[len(address)]
-            packed.setdefault(wire, []).append(wire.key(address))
+        for width, wire in lay.VIPS.items():
+            if keys := [wire.key(address) for address in vips if len(address) == width]:
+                packed[wire] = keys
         for address in hairpins:
             wire = lay.HAIRPIN[len(address)]
             packed.setdefault(wire, []).append(wire.key(address, address))

@@ -31,6 +31,7 @@ from .nlattr import (
     nest,
     nested,
     padding,
+    u32_bytes,
     walk,
     width_of,
 )
@@ -340,6 +341,24 @@ def _span_template(key: tuple[Field, ...]) -> Callable[..., bytes]:
     return compile_template(nest(1, [*value(1, "a"), *value(10, "z")]), names)
 
 
+@lru_cache(maxsize=512)
+def _rows_template(key: tuple[Field, ...], data: tuple[Field, ...], count: int) -> Callable[..., bytes]:
+    """A function that packs `count` elements in one call, whose keys end in 0, 1, 2 … and are else the same."""
+    shared = [f"k{index}" for index in range(len(key) - 1)]
+    parameters = list(shared)
+    parts: list[Part] = []
+    for row in range(count):
+        keyed: list[Part] = [header(key_length(key), 1)]
+        for name, field in zip(shared, key, strict=False):
+            keyed += [Slot(name, field.code), bytes(field.pad)]
+        valued: list[Part] = [header(key_length(data), 1)]
+        for index, field in enumerate(data):
+            parameters.append(f"d{row}_{index}")
+            valued += [Slot(parameters[-1], field.code), bytes(field.pad)]
+        parts += nest(1, [*nest(1, [*keyed, u32_bytes(row)]), *nest(2, valued)])
+    return compile_template(parts, parameters)
+
+
 class SetWire:
     """The wire form of the elements of one set (or, with `data` fields or verdicts, one map)."""
 
@@ -358,6 +377,8 @@ class SetWire:
         self._plain = self._template(None, False, 0)
         self.plain = self._plain
         """`element` without options, as fast as it gets: the fields of the key, then those of the data."""
+        self.key = _element_template(self._key, (), None, False, 0)
+        """One packed element without data, of the fields of its key: what `remove` takes, and all of a set's."""
 
     def _template(self, verdict: Verdict | None, timed: bool, comment: int) -> Callable[..., bytes]:
         return _element_template(self._key, () if verdict is not None else self._data, verdict, timed, comment)
@@ -379,9 +400,12 @@ class SetWire:
         """A function that packs elements with that verdict: the fields of the key, then a comment of that length."""
         return self._template(verdict, False, comment)
 
-    def key(self, *fields: Any) -> bytes:
-        """One packed element without data: what `remove` takes."""
-        return _element_template(self._key, (), None, False, 0)(*fields)
+    def rows(self, count: int) -> Callable[..., bytes]:
+        """A function that packs elements 0 to count - 1 of an indexed map as one piece, at most 64.
+
+        The last field of the key is a HOST32, the index; arguments are the fields before it, then each one's data.
+        """
+        return _rows_template(self._key, self._data, count)
 
     def span(self, *fields: Any) -> bytes:
         """One packed element of a concatenated interval set: the fields of the first key, then those of the last.

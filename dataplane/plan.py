@@ -196,6 +196,8 @@ def diff(
 
     `only` costs O(len(only)). Without it everything is compared, also VIPs and hairpin addresses no server needs.
     """
+    if only is None and not (held.servers or held.vips or held.hairpins or held.irregular()):
+        return _everything(wanted)
     keys: Iterable[VirtualAddress] = held.servers.keys() | wanted.keys() | held.ghosts if only is None else only
     add, change, remove, blocked = [], [], [], []
     vips: dict[Address, int] = {}
@@ -244,6 +246,19 @@ def diff(
     bind, unbind = _missing(held.vips, held.uses()[0], vips, held.partial)
     hairpin_add, hairpin_remove = _missing(held.hairpins, held.uses()[1], hairpins, ())
     return Plan(tuple(add), tuple(change), tuple(remove), bind, unbind, hairpin_add, hairpin_remove, tuple(blocked))
+
+
+def _everything(wanted: Mapping[VirtualAddress, VirtualServer]) -> Plan:
+    """The plan from nothing at all, which is what a first load is."""
+    hairpins: dict[Address, int] = {}
+    vips: dict[Address, None] = {}
+    for server in wanted.values():
+        if server.bound:
+            vips[server.at.address] = None
+        for real in server.real_servers:
+            if real.local:
+                hairpins[real.address] = 1
+    return Plan(tuple(wanted.values()), bind=tuple(vips), hairpin_add=tuple(hairpins))
 
 
 def reals_only(held: State, change: Change) -> Plan | None:

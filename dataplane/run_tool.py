@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Sequence
+from typing import BinaryIO
 
 from .errors import PreflightError, ToolError
 from .printable import printable
@@ -40,14 +41,15 @@ def run_tool(argv: Sequence[str], *, input: str | None = None, timeout: float = 
         raise PreflightError(f"the program {argv[0]} is not installed", f"apt-get install {package}")
     environment = {"LC_ALL": "C", "PATH": SYSTEM_PATH}
     try:
-        done = subprocess.run(
-            [program, *argv[1:]],
-            input=(input or "").encode(),  # an empty one is closed at once: end of file for whoever reads
-            capture_output=True,
-            check=False,
-            timeout=timeout,
-            env=environment,
-        )
+        with _readable(input or "") as stdin:
+            done = subprocess.run(
+                [program, *argv[1:]],
+                stdin=stdin,
+                capture_output=True,
+                check=False,
+                timeout=timeout,
+                env=environment,
+            )
     except subprocess.TimeoutExpired:
         raise ToolError(f"{' '.join(argv)}: not finished after {timeout:g} s") from None
     except OSError as error:
@@ -56,6 +58,14 @@ def run_tool(argv: Sequence[str], *, input: str | None = None, timeout: float = 
         ended = f"status {done.returncode}" if done.returncode > 0 else f"signal {-done.returncode}"
         raise ToolError(f"{' '.join(argv)}: {ended}: {last_words(done.stderr or done.stdout)}")
     return done.stdout.decode("utf-8", "replace")
+
+
+def _readable(text: str) -> BinaryIO:
+    """The text as a file in memory: through a pipe 16 MB go in 4,000 pieces, and the program waits for each."""
+    file = os.fdopen(os.memfd_create("input"), "w+b")
+    file.write(text.encode())
+    file.seek(0)
+    return file
 
 
 def last_words(output: bytes) -> str:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -111,6 +112,23 @@ class NodeAgent:
         if self.process.poll() not in (None, 0, -9):
             raise AssertionError(f"the agent ended with {self.process.returncode}:\n{text}")
         return [json.loads(line) for line in text.splitlines() if line.startswith("{") and line.endswith("}")]
+
+    def changes(self) -> int:
+        """Changes that this agent has carried out so far; none may have failed."""
+        text = (self.folder / f"agent-{self.starts}.log").read_text()
+        complaints = text.count('"level": "error"') + text.count('"level": "warning"')
+        # the lock of iptables-legacy is the whole machine's: who holds it long may be another test
+        assert complaints == text.count("holds the lock"), text
+        return text.count('"cause": "change"') + text.count('"cause": "retry"')
+
+    def change(self, text: str, seconds: float = 60) -> None:
+        """Replace the manifest file by one that differs, and wait until the kernel has it."""
+        before = self.changes()
+        self.write(text)
+        deadline = time.monotonic() + seconds
+        while self.changes() == before:
+            assert time.monotonic() < deadline, f"the agent did nothing in {seconds} s"
+            time.sleep(0.005)
 
     def send(self, number: int) -> None:
         """Send the agent a signal; `ip netns exec` has become the agent."""

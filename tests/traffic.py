@@ -1,6 +1,7 @@
 """Real traffic between namespaces: servers that say who they are, and clients that count every way to fail."""
 
 import contextlib
+import functools
 import multiprocessing
 import selectors
 import signal
@@ -17,13 +18,23 @@ _udp_ports = iter(range(10_000, 60_000))
 SCTP = 132
 
 
+@functools.cache
+def has_sctp() -> bool:
+    """Whether this kernel has sockets for it; its netfilter may know the protocol without."""
+    try:
+        socket.socket(socket.AF_INET, socket.SOCK_STREAM, SCTP).close()
+    except OSError:
+        return False
+    return True
+
+
 def _listeners(pod: Pod, name: str) -> list[tuple[socket.socket, bytes]]:
     sockets = []
     with pod.ns.enter():
         for address in pod.addresses:
             family = socket.AF_INET6 if ":" in address else socket.AF_INET
             kinds = [(socket.SOCK_STREAM, 0), (socket.SOCK_DGRAM, 0)]
-            kinds += [(socket.SOCK_STREAM, SCTP)] if family == socket.AF_INET else []
+            kinds += [(socket.SOCK_STREAM, SCTP)] if family == socket.AF_INET and has_sctp() else []
             for kind, protocol in kinds:
                 one = socket.socket(family, kind, protocol)
                 one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -83,7 +94,7 @@ def _serving(listeners: list[tuple[socket.socket, bytes]]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def servers(pods: Sequence[Pod]) -> Iterator[list[str]]:
-    """A server in each pod, on TCP, UDP and SCTP port 9376 of its addresses; they are named pod0, pod1, …"""
+    """A server in each pod, on TCP, UDP and, where there is SCTP, SCTP port 9376; they are named pod0, pod1, …"""
     names = [f"pod{number}" for number in range(len(pods))]
     with _serving([one for pod, name in zip(pods, names, strict=True) for one in _listeners(pod, name)]):
         yield names

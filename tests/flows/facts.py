@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+from dataplane.configuration import PRIMARY
 from dataplane.model import Address, format_address, parse_address, parse_network
 from dataplane.model import Protocol as Transport
 from dataplane.netlink_socket import NetlinkSocket, message
@@ -32,7 +33,7 @@ class Facts(Protocol):
     iptables_tool: str
 
     def affinity_seconds(self) -> set[int]: ...
-    def reconcile_conntrack(self) -> bool: ...
+    def reconcile_conntrack(self) -> None: ...
     def metric(self, name: str) -> dict[str, Any] | None: ...
 
 
@@ -64,9 +65,7 @@ def conntrack_faults(case: Case, agent: Facts) -> Iterator[str]:
         if not all(before):
             yield "conntrack: the entries could not be made"
             return
-        if not agent.reconcile_conntrack():
-            yield "conntrack: the agent reconciles nothing"
-            return
+        agent.reconcile_conntrack()
         for entry, stands in zip(case.conntrack, _standing(conntrack, case.conntrack), strict=True):
             if stands != entry.keep:
                 wanted, seen = ("kept", "deleted") if entry.keep else ("deleted", "kept")
@@ -92,7 +91,7 @@ def _health(case: Case, checks: tuple[HealthCheck, ...]) -> Iterator[str]:
 
 def _ask(case: Case, check: HealthCheck) -> str:
     """The answer of the health check server on the first node address that has one."""
-    ranges = [parse_network(each) for each in case.config.nodeport_addresses]
+    ranges = [parse_network(each) for each in case.config.nodeport_addresses if each != PRIMARY]
     hosts = [each for each in case.node.addresses if not ranges or any(each in one for one in ranges)]
     hosts += case.node.addresses  # where it may listen as well, if it cannot or need not be so choosy
     hosts += [parse_address("127.0.0.1"), parse_address("::1")]

@@ -250,7 +250,7 @@ _SYSCTLS = (
     ("ipv4/icmp_ratelimit", "0"),
     ("ipv4/icmp_ratemask", "0"),
     ("ipv6/icmp/ratelimit", "0"),
-    ("ipv6/icmp/ratemask", ""),
+    ("ipv6/icmp/ratemask", "\n"),  # an empty write writes nothing
     ("ipv6/conf/all/accept_dad", "0"),
     ("ipv6/conf/default/accept_dad", "0"),
 )

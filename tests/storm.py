@@ -1,0 +1,164 @@
+"""Clients that never stop while a test changes, kills or switches what carries them.
+
+Every new connection has a source address and port of its own, so each is new to conntrack and IPVS too, and none is
+tried twice. Long-lived connections say something all the time.
+"""
+
+import contextlib
+import itertools
+import multiprocessing
+import signal
+import socket
+import struct
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from .netns import NetNs
+from .traffic import Caller, Held
+
+_ABORT = struct.pack("ii", 1, 0)  # closing resets: no port is kept waiting at either end
+_PORTS = range(2_000, 65_000)
+_TOLD = 100  # failures of one client that are told: a pipe has to hold them
+_PAUSE = 0.001  # between two of one client: the agent has to have a turn on a small machine
+
+
+def _sources(vip: str, number: int) -> list[str]:
+    return [
+        f"2001:db8::{number + 1:x}:{n:x}" if ":" in vip else f"192.0.2.{16 + number * 16 + n}" for n in range(1, 16)
+    ]
+
+
+def _answer(vip: str, port: int, source: tuple[str, int]) -> str:
+    with socket.socket(socket.AF_INET6 if ":" in vip else socket.AF_INET) as one:
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _ABORT)
+        one.settimeout(20)
+        try:
+            one.bind(source)
+            one.connect((vip, port))
+            return one.recv(64).decode() or "closed"
+        except TimeoutError:
+            return "timeout"
+        except OSError as error:
+            return error.strerror or repr(error)
+
+
+def _call(client: NetNs, vip: str, port: int, number: int, shared: Any, failures: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    told = 0
+    with client.enter():
+        for source in itertools.cycle(itertools.product(_sources(vip, number), _PORTS)):
+            if shared.stop.value:
+                return
+            phase = shared.phase.value
+            answer = _answer(vip, port, source)
+            shared.counts[number] += 1
+            if not answer.startswith("pod") and (told := told + 1) < _TOLD:
+                failures.put((phase, answer))
+            time.sleep(_PAUSE)
+
+
+@dataclass
+class _Shared:
+    """What the clients and the test have in common."""
+
+    stop: Any
+    phase: Any
+    counts: Any
+
+
+@dataclass
+class Storm:
+    """A running storm. `phase` names what goes on, for the report of failures."""
+
+    held: list[Held]
+    _shared: _Shared
+    _failures: Any
+    _names: list[str] = field(default_factory=lambda: ["start"])
+    _broken: set[int] = field(default_factory=set)
+    _told: Counter[str] = field(default_factory=Counter)
+    _one_at_a_time: threading.Lock = field(default_factory=threading.Lock)
+
+    def phase(self, name: str) -> None:
+        """From now on this goes on."""
+        self._names.append(name)
+        self._shared.phase.value = len(self._names) - 1
+
+    @property
+    def connections(self) -> int:
+        """New connections so far."""
+        return sum(self._shared.counts)
+
+    def failures(self) -> Counter[str]:
+        """How new connections failed, with the phase in which they began."""
+        while not self._failures.empty():
+            phase, answer = self._failures.get()
+            self._told[f"{self._names[phase]}: {answer}"] += 1
+        return self._told
+
+    def broken(self) -> int:
+        """Long-lived connections that have stopped to answer."""
+        self._beat()
+        return len(self._broken)
+
+    def _beat(self) -> None:
+        with self._one_at_a_time:
+            for number, one in enumerate(self.held):
+                if number not in self._broken and not one.beats():
+                    self._broken.add(number)
+
+    def wait_for(self, connections: int, seconds: float = 600) -> None:
+        """Until so many connections were made."""
+        deadline = time.monotonic() + seconds
+        while self.connections < connections:
+            assert time.monotonic() < deadline, f"{self.connections} of {connections} connections in {seconds} s"
+            time.sleep(0.05)
+
+
+@contextlib.contextmanager
+def storm(client: NetNs, vips: Sequence[str], port: int, *, long_lived: int) -> Iterator[Storm]:
+    """One client process for each VIP, and `long_lived` open connections over all of them."""
+    caller = Caller(client)
+    for number, vip in enumerate(vips):
+        width = "128 nodad" if ":" in vip else "32"
+        client.ip(*(f"address add {each}/{width} dev eth0" for each in _sources(vip, number)))
+    context = multiprocessing.get_context("fork")
+    shared = _Shared(context.Value("b", 0), context.Value("i", 0), context.Array("L", len(vips), lock=False))
+    running = Storm(
+        [caller.hold(vips[number % len(vips)], port) for number in range(long_lived)], shared, context.SimpleQueue()
+    )
+    processes = [
+        context.Process(target=_call, args=(client, vip, port, number, shared, running._failures), daemon=True)
+        for number, vip in enumerate(vips)
+    ]
+    beaten = threading.Event()
+
+    def beat() -> None:
+        while not beaten.wait(0.5):
+            running._beat()
+
+    beater = threading.Thread(target=beat)
+    for one in processes:
+        one.start()
+    beater.start()
+    try:
+        yield running
+        beaten.set()
+        beater.join(120)
+        shared.stop.value = 1
+        for one in processes:
+            one.join(60)
+            assert one.exitcode == 0
+    finally:
+        beaten.set()
+        for one in processes:
+            one.kill()
+            one.join()
+        for held in running.held:
+            held.close()
+        for number, vip in enumerate(vips):
+            width = "128" if ":" in vip else "32"
+            client.ip(*(f"address delete {each}/{width} dev eth0" for each in _sources(vip, number)))
