@@ -353,6 +353,8 @@ class Agent:
         for problem in sorted(self._told - standing):
             self._log.info("input mended", problem=printable(str(problem), 500))
         self._told = standing
+        for remark in self._reconciler.remarks():
+            self._log.warning("remark", remark=printable(remark, 4000))
 
     def _is_healthy(self) -> bool:
         return not (self._last_error or self._reconciler.failing or self._reconciler.held_back or self._switch.stuck)

@@ -92,6 +92,8 @@ class Backend(Protocol):
     mode: str
     drains: bool
     """Removed real servers need weight 0 and patience in this mode (elsewhere conntrack keeps connections alive)."""
+    shares_affinity: bool
+    """A client's endpoint is remembered for a Service's port, and not for each of its addresses on its own."""
 
     def express(self, server: VirtualServer) -> VirtualServer:
         """The server as this mode can hold it; what it has no way to say takes its default, so that states compare."""

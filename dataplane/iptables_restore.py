@@ -88,6 +88,7 @@ class IptablesBackend:
 
     mode = "iptables"
     drains = False
+    shares_affinity = True
 
     def __init__(self, options: Options, clock: Callable[[], float] = time.monotonic, *, alone: bool = False) -> None:
         self._alone = alone
@@ -498,11 +499,7 @@ def _restorable(tables: Mapping[str, Table]) -> str:
         if table.owned:
             ours = table.ours()
             lines += [f"*{name}", *(f":{chain} - [0:0]" for chain in ours)]
-            lines += [
-                f"-A {chain} {rule}"
-                for chain, rule in table.jumps
-                if _ours(rule, JUMPS[name].get(chain, ()))
-            ]
+            lines += [f"-A {chain} {rule}" for chain, rule in table.jumps if _ours(rule, JUMPS[name].get(chain, ()))]
             lines += [f"-A {chain} {rule}" for chain in ours for rule in table.chains[chain]]
             lines.append("COMMIT")
     return "".join(line + "\n" for line in lines)

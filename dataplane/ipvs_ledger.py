@@ -145,11 +145,12 @@ def note_change(
     removed: Elements, added: Elements, old: VirtualServer, new: VirtualServer, marks: Mapping[VirtualAddress, int]
 ) -> None:
     """The elements that a change of a server takes away and adds."""
-    before, after = Elements(), Elements()
     if old.label == UNLISTED:
-        note_all(before, old.at, marks)
-    else:
-        note(before, old, marks)
+        note_all(removed, old.at, marks)
+        note(added, new, marks)
+        return
+    before, after = Elements(), Elements()
+    note(before, old, marks)
     note(after, new, marks)
     for name in Elements.__struct_fields__:
         gone, come = getattr(before, name), getattr(after, name)

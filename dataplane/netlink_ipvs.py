@@ -189,6 +189,7 @@ class IpvsBackend:
 
     mode = "ipvs"
     drains = True
+    shares_affinity = False
 
     def __init__(self, options: Options) -> None:
         self._options = options
@@ -280,9 +281,10 @@ class IpvsBackend:
         self.marks.learn(ledger.marks)
         self.delivers = self.delivers or bool(ledger.external)
         state = State(vips=bound | ledger.vips, hairpins=ledger.hairpins, partial=bound ^ ledger.vips)
+        owned = ledger.addresses()
         for entry in self._servers(ledger.servers.keys() if only is None else only, everything=only is None):
             at = entry.server.at
-            ours = at in ledger.servers or at in self._ours
+            ours = at in owned or at in self._ours
             if not (ours or self._ledger_lost):
                 state.foreign.add(at)
                 continue
@@ -295,7 +297,6 @@ class IpvsBackend:
                 state.put(server)
             else:
                 state.adoptable[at] = server
-        owned = ledger.addresses()
         state.ghosts |= (owned if only is None else owned & set(only)) - state.servers.keys()
         return state
 
@@ -378,7 +379,7 @@ class IpvsBackend:
         if _any(opened) or _any(closed):
             self.guard.commit(opened, closed)
         if plan.remove:
-            self._sort_out(self._genl.batch(_messages_after(encoder, plan)), failed, unsure)
+            self._sort_out(self._genl.batch(_messages_after(encoder, plan, self.marks.of)), failed, unsure)
         self._ours.difference_update(server.at for server in plan.remove)
         self._ours.difference_update(unsure)
         self._ours.difference_update(failed.keys() & {server.at for server in plan.add})
@@ -629,6 +630,7 @@ def _change_messages(encoder: Encoder, change: ServerChange) -> list[bytes]:
     return messages
 
 
-def _messages_after(encoder: Encoder, plan: Plan) -> Iterator[bytes]:
+def _messages_after(encoder: Encoder, plan: Plan, marks: Mapping[VirtualAddress, int]) -> Iterator[bytes]:
     for server in plan.remove:
-        yield encoder.server(DEL_SERVICE, server)
+        if not server.at.inside or server.at in marks:
+            yield encoder.server(DEL_SERVICE, server)

@@ -96,6 +96,7 @@ class NftablesBackend:
 
     mode = "nftables"
     drains = False
+    shares_affinity = True
 
     def __init__(self, options: Options) -> None:
         clients = Clients(

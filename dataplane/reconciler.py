@@ -25,6 +25,8 @@ TRIES = 3
 _NO_PLAN = Plan()
 MASS_DELETE_SHARE = 0.5
 MASS_DELETE_LEAST = 10
+NAMED = 20
+"""Services that a remark names; the others are counted."""
 
 Result = Literal["unchanged", "committed", "partly", "failed"]
 
@@ -132,6 +134,16 @@ class Reconciler:
     def problems(self) -> tuple[Problem, ...]:
         """Services that cannot have what they ask for."""
         return (*self.desired.conflicts, *self.desired.refusals)
+
+    def remarks(self) -> tuple[str, ...]:
+        """What this mode does otherwise for some Service, in words that name it; each is told once."""
+        news = self.desired.newly_scattered()
+        if not news or self.backend.shares_affinity:
+            return ()
+        names = ", ".join(map(str, sorted(news)[:NAMED]))
+        more = f" and {len(news) - NAMED} more" if len(news) > NAMED else ""
+        what = "remembers a client's endpoint (sessionAffinity) for each address of a Service on its own"
+        return (f"{self.backend.mode} mode {what}: {names}{more}",)
 
     # --------------------------------------------------------------------------------------------------- planning
 

@@ -34,6 +34,7 @@ class FakeBackend:
     """`backend.Backend` in memory. Immutable values in, immutable values out."""
 
     mode = "fake"
+    shares_affinity = True
 
     def __init__(self, *, drains: bool = False) -> None:
         self.drains = drains

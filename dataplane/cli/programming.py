@@ -163,8 +163,8 @@ def apply(config_file: str | None, output: str, dry_run: bool, **given: Any) -> 
     for each in leaving:
         say(f"of another mode is still here: {each}; it goes when you run apply again or an agent runs")
     say_problems(problems)
-    for error in failed:
-        say(str(error))
+    for text in (*reconciler.remarks(), *map(str, failed)):
+        say(text)
     if flows_error:
         say(f"UDP clients may be stuck to real servers that are gone: {flows_error}")
     _say_kept(kept)
