@@ -18,13 +18,14 @@ import os
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any, Protocol
 
 from msgspec import Struct
 
 from .desired import Rules
 from .errors import AgentUnreachable, DataplaneError
+from .health_responder import HealthResponder
 from .model import Problem, Update, VirtualAddress
 from .printable import printable
 from .reconciler import Reconciler, SyncReport
@@ -70,6 +71,38 @@ class Node(Protocol):
         """The rules that go with what they are now."""
 
 
+class Switch(Protocol):
+    """What an agent needs of a `mode_switch.ModeSwitch`: other modes that are still here, and how they go."""
+
+    @property
+    def leaving(self) -> Sequence[object]:
+        """Those that are still here, in words."""
+
+    @property
+    def stuck(self) -> bool:
+        """Something of them stays until the input or the kernel is mended."""
+
+    def look(self) -> dict[str, int]:
+        """Find them; sysctls as they were before them."""
+
+    def step(self, *, input_is_whole: bool, now: bool = False) -> None:
+        """Go on with letting them go."""
+
+
+class NoSwitch:
+    """For an agent that is alone with its mode."""
+
+    leaving = ()
+    stuck = False
+
+    def look(self) -> dict[str, int]:
+        """Nothing."""
+        return {}
+
+    def step(self, *, input_is_whole: bool, now: bool = False) -> None:
+        """Nothing."""
+
+
 class Log(Protocol):
     """What the agent needs of a structlog logger."""
 
@@ -82,10 +115,17 @@ class Agent:
     """One node's agent for one mode. `run` returns after SIGTERM or SIGINT; the kernel keeps what was programmed."""
 
     def __init__(
-        self, reconciler: Reconciler, source: Source, options: AgentOptions, log: Log, node: Node | None = None
+        self,
+        reconciler: Reconciler,
+        source: Source,
+        options: AgentOptions,
+        log: Log,
+        node: Node | None = None,
+        switch: Switch = NoSwitch(),  # noqa: B008 (has no state)
     ) -> None:
         self._reconciler = reconciler
         self._node = node
+        self._switch = switch
         self._source = source
         self._options = options
         self._log = log
@@ -100,6 +140,11 @@ class Agent:
         self._told: set[Problem] = set()
         self._last: SyncReport | None = None
         self._last_error = ""
+        self._health = HealthResponder(log, self._is_healthy)
+        self._flows_retry_at: float | None = None
+        self._flows_error = ""
+        self._flows_backoff = BACKOFF_LEAST
+        self._flows_deleted = 0
         self._started = time.time()
         self._synced_at = 0.0
 
@@ -116,6 +161,7 @@ class Agent:
             reader = asyncio.create_task(self._read_source())
             try:
                 self._begin()
+                await self._follow_health_checks()
                 watched = dict.fromkeys(self._reconciler.backend.monitors(), self._kernel_spoke)
                 if self._node is not None:
                     watched[self._node.fileno()] = self._node_spoke
@@ -129,6 +175,7 @@ class Agent:
                 with contextlib.suppress(asyncio.CancelledError, Exception):
                     await reader
                 server.close()
+                await self._health.close()
         self._log.info("stopped", mode=self._reconciler.backend.mode, kernel="left as it is")
 
     def _begin(self) -> None:
@@ -137,11 +184,13 @@ class Agent:
         update = self._source.read()
         reconciler.take(update)
         self._tell_problems()
-        for lack in reconciler.backend.prepare():
+        for lack in reconciler.backend.prepare(self._switch.look()):
             self._log.warning("not as wanted", lack=lack)
         reconciler.observe()
         reconciler.keep_unexplained(input_is_whole=not self._source.problems)
         self._report(reconciler.sync("start"))
+        self._switch.step(input_is_whole=not self._source.problems)
+        self._clean_flows()
         give_memory_back()
         gc.collect()
         gc.freeze()  # what is there now mostly stays; looking through it again and again costs tens of milliseconds
@@ -167,19 +216,29 @@ class Agent:
                     took = time.monotonic()
                     self._report(self._reconciler.verify(cause))
                     took = time.monotonic() - took
+                    if before := self._switch.look():
+                        self._reconciler.backend.prepare(before)
                     # a look must never cost more than about 1 % of a processor, whatever the table's size
                     next_verify = time.monotonic() + max(self._options.resync_seconds, 100 * took)
                 drained = self._reconciler.draining_pass()
                 if drained:
                     self._report(drained)
+                self._switch.step(input_is_whole=not self._source.problems)
             except (DataplaneError, OSError) as error:
                 self._fail(error)
+            self._clean_flows()
+            await self._follow_health_checks()
+
+    async def _follow_health_checks(self) -> None:
+        desired = self._reconciler.desired
+        await self._health.follow(desired.health_checks, desired.rules)
 
     async def _sleep(self, until: float) -> None:
         """Until something happens or something is due."""
         due = [until]
-        due += [moment for moment in (self._disturbed_at, self._retry_at) if moment is not None]
-        if self._reconciler.drains.deadlines:
+        own = (self._disturbed_at, self._retry_at, self._flows_retry_at, self._health.retry_at)
+        due += [moment for moment in own if moment is not None]
+        if self._reconciler.drains.deadlines or self._switch.leaving:
             due.append(time.monotonic() + self._options.drain_poll_seconds)
         if not (self._updates or self._reload or self._renumbered or self._stop.is_set()):
             with contextlib.suppress(TimeoutError):
@@ -242,6 +301,26 @@ class Agent:
             self._renumbered = True
             self._wake.set()
 
+    def _clean_flows(self) -> None:
+        """UDP clients leave real servers that are gone; what cannot be done now is tried again, and stops nothing."""
+        if self._flows_retry_at is not None and time.monotonic() < self._flows_retry_at:
+            return
+        started = time.perf_counter()
+        try:
+            swept = self._reconciler.clean_flows()
+        except (DataplaneError, OSError) as error:
+            self._flows_retry_at = time.monotonic() + self._flows_backoff
+            self._flows_backoff = min(self._flows_backoff * 2, BACKOFF_MOST)
+            if str(error) != self._flows_error:
+                self._log.warning("conntrack", result="failed", error=printable(str(error)))
+            self._flows_error = str(error)
+            return
+        self._flows_retry_at, self._flows_backoff, self._flows_error = None, BACKOFF_LEAST, ""
+        if swept is not None and swept.deleted:
+            self._flows_deleted += swept.deleted
+            took = (time.perf_counter() - started) * 1000
+            self._log.info("conntrack", deleted=swept.deleted, read=swept.read, milliseconds=round(took, 3))
+
     # -------------------------------------------------------------------------------------------------------- telling
 
     def _report(self, report: SyncReport) -> None:
@@ -274,11 +353,17 @@ class Agent:
         for problem in sorted(self._told - standing):
             self._log.info("input mended", problem=printable(str(problem), 500))
         self._told = standing
+        for remark in self._reconciler.remarks():
+            self._log.warning("remark", remark=printable(remark, 4000))
+
+    def _is_healthy(self) -> bool:
+        return not (self._last_error or self._reconciler.failing or self._reconciler.held_back or self._switch.stuck)
 
     def status(self) -> dict[str, Any]:
         """What `dataplane status` shows. Times in seconds since the epoch."""
         reconciler = self._reconciler
         last = self._last
+        internal, external = reconciler.desired.no_local_endpoints()
         return {
             "schemaVersion": 1,
             "pid": os.getpid(),
@@ -287,14 +372,18 @@ class Agent:
             "lastSyncAt": self._synced_at,
             "lastSync": sync_fields(last, reconciler.backend.mode) if last else None,
             "lastError": self._last_error,
-            "healthy": not (self._last_error or reconciler.failing or reconciler.held_back),
+            "healthy": self._is_healthy(),
             "virtualServers": len(reconciler.held.servers),
             "wantedVirtualServers": len(reconciler.desired.servers),
             "draining": len(reconciler.drains.deadlines),
+            "leavingModes": list(map(str, self._switch.leaving)),
             "heldBack": len(reconciler.held_back),
             "keptForFaultyInput": len(reconciler.unexplained),
             "failing": [f"{at}: {error}" for at, error in sorted(reconciler.failing.items())],
             "problems": [str(problem) for problem in sorted(self._told)],
+            "noLocalEndpoints": {"internal": internal, "external": external},
+            "healthChecks": self._health.status(),
+            "conntrack": {"deleted": self._flows_deleted, "lastError": self._flows_error},
         }
 
     async def _answer(self, _: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

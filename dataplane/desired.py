@@ -119,6 +119,10 @@ def proxied(service: Service) -> bool:
     return not (service.other_proxy or service.headless or service.type is ServiceType.EXTERNAL_NAME)
 
 
+def _label(name: ObjectName, port: ServicePort) -> str:
+    return str(ServicePortName(name.namespace, name.name, port.name))
+
+
 def _cluster_ip_server(
     service: Service, port: ServicePort, vip: Address, chosen: Chosen, rules: Rules
 ) -> VirtualServer:
@@ -133,7 +137,7 @@ def _cluster_ip_server(
         Masquerade.DETECT,
         NoServers.DROP if chosen.anywhere and not reals else NoServers.REJECT,
         True,
-        str(ServicePortName(*service.name, port.name)),
+        _label(service.name, port),
     )
 
 
@@ -160,7 +164,7 @@ def _external_servers(
             Masquerade.NODE if service.external_local else Masquerade.ALWAYS,
             NoServers.DROP if chosen.anywhere and not reals else NoServers.REJECT,
             False,
-            str(ServicePortName(*service.name, port.name)),
+            _label(service.name, port),
             kind,
             allowed if kind is Kind.LOAD_BALANCER else (),
         )
@@ -245,6 +249,11 @@ def _join(view: ServiceView, port: ServicePort, family: Family) -> dict[tuple[Ad
     return joined
 
 
+def serving(view: ServiceView, port: ServicePort, family: Family) -> set[tuple[Address, int]]:
+    """Endpoints of a service port that still answer, by whatever policy or hint new clients are kept from them."""
+    return {key for key, endpoint in _join(view, port, family).items() if endpoint.serving}
+
+
 def _topology(ready: list[Joined], rules: Rules) -> list[Joined]:
     """Ready endpoints nearest to this node, if every one of them has a hint and some hint means us (KEP-3015, 4444)."""
     if rules.node_name and all(endpoint.node_hints for _, endpoint in ready):
@@ -322,6 +331,8 @@ class Desired:
         self._drains: dict[VirtualAddress, int] = {}
         self._refused: dict[ObjectName, tuple[Address, ...]] = {}
         self._health: dict[ObjectName, HealthCheck] = {}
+        self._scattered: set[ObjectName] = set()
+        self._news: list[ObjectName] = []
 
     def update(self, update: Update) -> set[VirtualAddress]:
         """Take in what a source delivered; returns the virtual addresses whose server may have changed."""
@@ -349,6 +360,20 @@ class Desired:
         """How long real servers of this virtual address may drain; a Service that is gone leaves the default."""
         return self._drains.get(at, self.rules.drain_seconds)
 
+    def serving(self, at: VirtualAddress) -> set[tuple[Address, int]]:
+        """The endpoints that still answer of the Service that has a virtual address, whatever its policies are."""
+        server = self.servers.get(at)
+        if server is None:
+            return set()
+        owner = self._claims[at][0]
+        view = self._views[owner]
+        return {
+            place
+            for port in (view.service.ports if view.service else ())
+            if port.protocol == at.protocol and _label(owner, port) == server.label
+            for place in serving(view, port, family_of(at.address))
+        }
+
     def renew(self, rules: Rules) -> set[VirtualAddress]:
         """Go by other rules from now on (a node address came or went, another zone); what may have changed by it."""
         before, self.rules = self.rules, rules
@@ -365,6 +390,12 @@ class Desired:
     def health_checks(self) -> dict[ObjectName, "HealthCheck"]:
         """The health check node ports of Services with externalTrafficPolicy Local."""
         return self._health
+
+    def newly_scattered(self) -> list[ObjectName]:
+        """Services with affinity that may have several addresses, each told once: not every mode remembers a client for
+        all of them together."""
+        news, self._news = self._news, []
+        return news
 
     def no_local_endpoints(self) -> tuple[int, int]:
         """Service ports whose traffic is dropped since no endpoint is on this node: internal, external policy."""
@@ -431,6 +462,11 @@ class Desired:
             refused = tuple(each for each in service.external_ips if not self.rules.may_claim(each))
             if refused:
                 self._refused[name] = refused
+        if not service.affinity_seconds or not _external(service):
+            self._scattered.discard(name)
+        elif name not in self._scattered:
+            self._scattered.add(name)
+            self._news.append(name)
         if service.health_check_node_port:
             self._health[name] = HealthCheck(service.health_check_node_port, *local_ready(view, self.rules.node_name))
 

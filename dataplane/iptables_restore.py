@@ -16,9 +16,10 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 
+import msgspec
 from msgspec import Struct
 
-from .backend import Options, Outcome, RealCounters, ServerReport, Transaction
+from .backend import NO_SETTINGS, Options, Outcome, RealCounters, ServerReport, Transaction
 from .drain import DrainKey
 from .errors import KernelError, PreflightError, ToolError
 from .iptables_books import Books
@@ -30,12 +31,15 @@ from .model import Address, Family, VirtualAddress, VirtualServer, family_of
 from .plan import Plan, State
 from .procfs_sysctl import Change, apply, check, restore, running_kernel
 from .procfs_sysctl import Wanted as WantedSysctl
-from .run_iptables import Tools, legacy_tables
+from .run_iptables import Tools, has_legacy_tables
 
 CULPRITS = 32
 """Refused objects that one commit looks for; what is left then fails with them and is tried again."""
 LOOK_SECONDS = 0.1
 """A look that `intact` took serves the `observe` right behind it."""
+
+SCHEDULER = "random"
+"""What `statistic --mode random` does, for people."""
 
 SYSCTLS = (WantedSysctl("net.ipv4.ip_forward", 1, "packets to a VIP leave for real servers on other machines"),)
 _NOTE = re.compile(r'^-m comment --comment "([a-z0-9_.]+) was (\d+)"$')
@@ -45,6 +49,26 @@ _LINE = re.compile(r"(?:occurred at line: |line )(\d+)\b")
 def open_backend(options: Options) -> "IptablesBackend":
     """The backend in the calling thread's network namespace."""
     return IptablesBackend(options)
+
+
+def open_leftover(options: Options) -> "IptablesBackend":
+    """The same with the programs in whose tables our chains are."""
+    opened = IptablesBackend(options)
+    found = [tools.flavour for tools in opened._all_tools() if tools.owned()]
+    if not found or opened.flavour in found:
+        return opened
+    return IptablesBackend(msgspec.structs.replace(options, iptables_tool=found[0]))
+
+
+def open_beside(options: Options) -> "IptablesBackend | None":
+    """What is ours in the tables of the back end that is not used; None = nothing."""
+    used = IptablesBackend(options)
+    found = [tools.flavour for tools in used._all_tools()[len(used._tools) :] if tools.owned()]
+    if not found:
+        return None
+    beside = IptablesBackend(msgspec.structs.replace(options, iptables_tool=found[0]), alone=True)
+    beside.mode = f"iptables ({found[0]})"
+    return beside
 
 
 class IptablesTransaction(Struct, frozen=True):
@@ -65,8 +89,11 @@ class IptablesBackend:
 
     mode = "iptables"
     drains = False
+    shares_affinity = True
 
-    def __init__(self, options: Options, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, options: Options, clock: Callable[[], float] = time.monotonic, *, alone: bool = False) -> None:
+        self._alone = alone
+        """The other back end's tables are somebody else's business."""
         self._form = Form(
             options.iptables_compat == "classic",
             options.masquerade_all,
@@ -98,7 +125,11 @@ class IptablesBackend:
         """Weights are expressed, by probabilities; schedulers, thresholds and a VIP on this node are not."""
         return express(self._form, server)
 
-    def prepare(self) -> tuple[str, ...]:
+    def present(self) -> bool:
+        """Our marker is in a table of either back end."""
+        return any(tools.owned() for tools in self._all_tools())
+
+    def prepare(self, before: Mapping[str, int] = NO_SETTINGS) -> tuple[str, ...]:
         """Marker, fixed chains, jumps and sysctls; chains that are not tidy are written anew."""
         lacks = []
         lacking = [one for one in check(SYSCTLS, running_kernel()) if one.error and one.before is not None]
@@ -108,8 +139,9 @@ class IptablesBackend:
                 self._refuse_foreign(tables.get(name, Table()), name, tools)
             if family is Family.IPV4:
                 # noted before it changes, so that `remove` can put it back whoever runs it
-                before = {one.name: one.before for one in lacking if one.before is not None}
-                self._before = before | self._before | _settings(tables)
+                found = {one.name: one.before for one in lacking if one.before is not None}
+                found |= {one.name: before[one.name] for one in SYSCTLS if one.name in before}
+                self._before = found | self._before | _settings(tables)
             try:
                 self._repair(family, tables)
             except ToolError as error:
@@ -120,6 +152,14 @@ class IptablesBackend:
         self._prepared = True
         lacks += [str(one) for one in apply(SYSCTLS, running_kernel()) if one.error]
         return (*lacks, *self._other_flavour())
+
+    def settings(self) -> dict[str, int]:
+        """Noted in the marker chain."""
+        noted: dict[str, int] = {}
+        for tools in self._all_tools():
+            if tools.owned():
+                noted |= _settings(tools.save())
+        return noted
 
     def observe(self, only: Collection[VirtualAddress] | None = None) -> State:
         """What the tables hold of ours; nothing, where they have no marker of ours."""
@@ -217,7 +257,8 @@ class IptablesBackend:
                     (real, RealCounters(0, 0, count.get((real.address, real.port), -1))) for real in server.real_servers
                 )
                 known = sum(counters.connections for _, counters in rows if counters.connections >= 0)
-                yield ServerReport(server, 0, known, rows, True)
+                shown = server if at in books.damage else msgspec.structs.replace(server, scheduler=SCHEDULER)
+                yield ServerReport(shown, 0, known, rows, True)
 
     def monitors(self) -> tuple[int, ...]:
         """None: legacy tables tell nobody of changes; the agent's timer looks."""
@@ -227,9 +268,16 @@ class IptablesBackend:
         """Not told."""
         return False
 
-    def remove(self) -> None:
+    def text(self, language: str) -> str | None:
+        """Our chains and the jumps to them, as iptables-save prints them."""
+        if language != "iptables":
+            return None
+        texts = ((tools.command, _restorable(tools.save())) for tools in self._tools.values())
+        return "".join(f"# {command}\n{text}" for command, text in texts if text)
+
+    def remove(self, leave: Collection[str] = ()) -> None:
         """Our jumps and chains go, sysctls get back what the marker chain remembers."""
-        ours = {one.name: one.value for one in SYSCTLS}
+        ours = {one.name: one.value for one in SYSCTLS if one.name not in leave}
         for tools in self._all_tools():
             try:
                 tables = tools.save()
@@ -306,7 +354,8 @@ class IptablesBackend:
         """Chains of ours among the tables of the other back end would take packets twice."""
         for tools in self._all_tools()[len(self._tools) :]:
             with contextlib.suppress(PreflightError, ToolError):
-                chains = sorted(chain for table in tools.save().values() for chain in table.ours())
+                tables = tools.save().values()  # those with our marker are let go by the switch
+                chains = sorted(chain for table in tables if not table.owned for chain in table.ours())
                 if chains:
                     told = f"iptables here is {self.flavour}, and {tools.prefix} has chains of Services too"
                     return (f"{told} ({', '.join(chains[:3])}): packets meet both; remove those",)
@@ -314,10 +363,12 @@ class IptablesBackend:
 
     def _all_tools(self) -> list[Tools]:
         """Those of this back end, then of the other one, as far as it has tables."""
+        if self._alone:
+            return list(self._tools.values())
         other = "legacy" if self.flavour == "nft" else "nft"
         return [
             *self._tools.values(),
-            *(Tools(family, other) for family in self._tools if other == "nft" or "nat" in legacy_tables(family)),
+            *(Tools(family, other) for family in self._tools if other == "nft" or has_legacy_tables(family)),
         ]
 
     # ------------------------------------------------------------------------------------------------- looking
@@ -440,6 +491,19 @@ def _settings(tables: Mapping[str, Table]) -> dict[str, int]:
     """Sysctls as they were before us, from the marker chain."""
     notes = map(_NOTE.match, tables.get("nat", Table()).chains.get(MARKER, ()))
     return {note[1]: int(note[2]) for note in notes if note}
+
+
+def _restorable(tables: Mapping[str, Table]) -> str:
+    """What of tables is ours, as text for `iptables-restore --noflush`."""
+    lines: list[str] = []
+    for name, table in tables.items():
+        if table.owned:
+            ours = table.ours()
+            lines += [f"*{name}", *(f":{chain} - [0:0]" for chain in ours)]
+            lines += [f"-A {chain} {rule}" for chain, rule in table.jumps if _ours(rule, JUMPS[name].get(chain, ()))]
+            lines += [f"-A {chain} {rule}" for chain in ours for rule in table.chains[chain]]
+            lines.append("COMMIT")
+    return "".join(line + "\n" for line in lines)
 
 
 def _removal(name: str, table: Table) -> str:

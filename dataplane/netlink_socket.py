@@ -14,7 +14,7 @@ import errno
 import os
 import socket
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 from typing import NamedTuple, Self
 
@@ -212,15 +212,18 @@ class NetlinkSocket:
         self._collect(seq, failures, echoes)
         return failures
 
-    def dump(self, request: bytes) -> list[bytes]:
-        """The messages (header included) that answer a dump request; torn dumps are read again."""
+    def dump(self, request: bytes, select: Callable[[bytearray, int, int], bool] | None = None) -> list[bytes]:
+        """The messages (header included) that answer a dump request; torn dumps are read again.
+
+        `select(buffer, start, stop)`: which messages to keep; the rest of a large table is never copied.
+        """
         for _ in range(DUMP_TRIES):
             seq = self._next_seq()
             stamped = bytearray(request)
             flags = HEADER.unpack_from(request)[2] | NLM_F_DUMP | NLM_F_REQUEST
             _stamp_flags(stamped, 6, flags, seq)
             self._send(stamped)
-            answers, torn = self._read_dump(seq)
+            answers, torn = self._read_dump(seq, select)
             if not torn:
                 return answers
         raise DumpInterrupted("dump", "", errno.EINTR, f"torn by concurrent changes {DUMP_TRIES} times in a row")
@@ -328,7 +331,7 @@ class NetlinkSocket:
         told = _ErrorAttrs.decode(self._buffer, (end + 3) & ~3, stop) if flags & NLM_F_ACK_TLVS else {}
         return Failure(code, bytes(self._view[start:end]), told.get("msg", ""))
 
-    def _read_dump(self, seq: int) -> tuple[list[bytes], bool]:
+    def _read_dump(self, seq: int, select: Callable[[bytearray, int, int], bool] | None) -> tuple[list[bytes], bool]:
         answers: list[bytes] = []
         torn = False
         while True:
@@ -341,7 +344,8 @@ class NetlinkSocket:
                     if code:
                         raise kernel_error("dump", "", -code)
                     return answers, torn
-                answers.append(bytes(self._view[start:stop]))
+                if select is None or select(self._buffer, start, stop):
+                    answers.append(bytes(self._view[start:stop]))
 
 
 def kernel_error(operation: str, subject: str, code: int, hint: str = "") -> KernelError | NotRoot:

@@ -17,6 +17,7 @@ the header and the payload but not the padding; host byte order unless the attri
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
+from operator import itemgetter
 from typing import Any, ClassVar, NamedTuple
 
 from .errors import WireError
@@ -80,6 +81,7 @@ u64 = _fixed("u64", "=Q")
 be16 = _fixed("be16", ">H")
 be32 = _fixed("be32", ">I")
 be64 = _fixed("be64", ">Q")
+raw4 = Kind("raw4", 4, _same, _same)
 raw8 = Kind("raw8", 8, _same, _same)
 raw16 = Kind("raw16", 16, lambda value: value.ljust(16, b"\0"), _same)
 blob = Kind("blob", None, bytes, _same)
@@ -249,6 +251,37 @@ def compile_template(parts: Sequence[Part], parameters: Sequence[str]) -> Callab
     source = f"lambda {', '.join(parameters)}: _pack({', '.join(arguments)})"
     function: Callable[..., bytes] = eval(source, {"_pack": struct.Struct(codes).pack})
     return function
+
+
+def compile_reader(parts: Sequence[Part]) -> Callable[[bytes | bytearray, int], tuple[Any, ...] | None]:
+    """The reverse of a template: a function of a buffer and an offset that gives the slots' values, in their order.
+
+    None where the bytes between the slots (attribute headers, constants, padding) differ from the template's, or there
+    are too few: then the message has to be walked through. One `unpack` and one comparison a message.
+    """
+    folded: list[Part] = []
+    for part in parts:
+        if isinstance(part, bytes) and folded and isinstance(folded[-1], bytes):
+            folded[-1] += part
+        elif part:
+            folded.append(part)
+    layout = struct.Struct(">" + "".join(f"{len(part)}s" if isinstance(part, bytes) else part.code for part in folded))
+    constants = tuple(part for part in folded if isinstance(part, bytes))
+    fixed = itemgetter(*(index for index, part in enumerate(folded) if isinstance(part, bytes)))
+    slots = itemgetter(*(index for index, part in enumerate(folded) if not isinstance(part, bytes)))
+    if len(constants) < 2 or len(folded) - len(constants) < 2:
+        raise TypeError("a reader needs two constants and two slots at least")  # or itemgetter gives no tuples
+    unpack = layout.unpack_from
+
+    def read(buffer: bytes | bytearray, start: int) -> tuple[Any, ...] | None:
+        try:
+            values = unpack(buffer, start)
+        except struct.error:
+            return None
+        found: tuple[Any, ...] = slots(values)
+        return found if fixed(values) == constants else None
+
+    return read
 
 
 @lru_cache(maxsize=4096)

@@ -7,7 +7,7 @@ the kernel (`held`) changes in two ways only: a commit that the kernel acknowled
 import errno
 import time
 from collections.abc import Callable, Collection
-from typing import Literal
+from typing import Literal, Protocol
 
 from msgspec import Struct
 
@@ -15,14 +15,18 @@ from .backend import Backend, Transaction
 from .desired import Desired, Rules
 from .drain import DrainKey, Drains, with_reals
 from .errors import KernelError, Unanswered
-from .model import Problem, Update, VirtualAddress, VirtualServer
+from .model import Address, Problem, Update, VirtualAddress, VirtualServer
+from .netlink_conntrack import Swept
 from .plan import Change, Plan, State, diff, reals_only
+from .staleness import Right, Staleness
 
 TRIES = 3
 """Commits in a row that may end unknown or surprising before a sync gives up until the next one."""
 _NO_PLAN = Plan()
 MASS_DELETE_SHARE = 0.5
 MASS_DELETE_LEAST = 10
+NAMED = 20
+"""Services that a remark names; the others are counted."""
 
 Result = Literal["unchanged", "committed", "partly", "failed"]
 
@@ -42,11 +46,19 @@ class SyncReport(Struct, frozen=True):
     held_back: int = 0
 
 
+class FlowTable(Protocol):
+    """The kernel's memory of UDP flows (`netlink_conntrack.Conntrack`)."""
+
+    def sweep(self, right: Right) -> Swept:
+        """Delete the entries to some destinations that lead elsewhere than they may."""
+
+
 class Reconciler:
     """Keeps one backend's kernel state equal to the desired state.
 
     `allow_mass_delete`: without it, an update that takes away more than half of the virtual servers (and at least ten)
-    is held back and shows in every report until the sources change their mind or `release` is called.
+    is held back and shows in every report until the sources change their mind or `release` is called. `flow_table`:
+    where `clean_flows` looks; None = it does nothing.
     """
 
     def __init__(
@@ -55,6 +67,7 @@ class Reconciler:
         rules: Rules,
         *,
         allow_mass_delete: bool = False,
+        flow_table: FlowTable | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.backend = backend
@@ -69,16 +82,22 @@ class Reconciler:
         self._allow_mass_delete = allow_mass_delete
         self._clock = clock
         self._kept: set[DrainKey] = set()
+        self._flow_table = flow_table
+        self._staleness = Staleness()
 
     # -------------------------------------------------------------------------------------------------- learning
 
     def take(self, update: Update) -> set[VirtualAddress]:
         """A source's update becomes desired state; returns the virtual addresses to sync."""
-        return self.desired.update(update)
+        touched = self.desired.update(update)
+        self._staleness.touch(touched)  # endpoints that are in no virtual server may have stopped serving
+        return touched
 
     def renew(self, rules: Rules) -> set[VirtualAddress]:
         """Other rules apply from now on; returns the virtual addresses to sync."""
-        return self.desired.renew(rules)
+        touched = self.desired.renew(rules)
+        self._staleness.touch(touched)
+        return touched
 
     def observe(self) -> None:
         """Look at the kernel. The clocks of real servers that drain already go on where they stand."""
@@ -115,6 +134,16 @@ class Reconciler:
     def problems(self) -> tuple[Problem, ...]:
         """Services that cannot have what they ask for."""
         return (*self.desired.conflicts, *self.desired.refusals)
+
+    def remarks(self) -> tuple[str, ...]:
+        """What this mode does otherwise for some Service, in words that name it; each is told once."""
+        news = self.desired.newly_scattered()
+        if not news or self.backend.shares_affinity:
+            return ()
+        names = ", ".join(map(str, sorted(news)[:NAMED]))
+        more = f" and {len(news) - NAMED} more" if len(news) > NAMED else ""
+        what = "remembers a client's endpoint (sessionAffinity) for each address of a Service on its own"
+        return (f"{self.backend.mode} mode {what}: {names}{more}",)
 
     # --------------------------------------------------------------------------------------------------- planning
 
@@ -248,9 +277,12 @@ class Reconciler:
         self, transaction: Transaction, failed: dict[VirtualAddress, KernelError]
     ) -> set[VirtualAddress] | None:
         """What must be planned again: some addresses, or everything (None) when the outcome is unknown."""
+        self._staleness.touch(transaction.plan.addresses())
+        self._staleness.remove(transaction.plan.remove)
         try:
             outcome = self.backend.commit(transaction)
         except Unanswered:
+            self._staleness.touch_everything()
             self.observe()
             return None
         again = set(outcome.unsure)
@@ -291,12 +323,35 @@ class Reconciler:
                 self.failing.pop(at, None)
             self.failing.update(failed)
 
+    # ------------------------------------------------------------------------------------------------------ flows
+
+    def clean_flows(self) -> Swept | None:
+        """Delete UDP conntrack entries that the state reached has made wrong; None = there was nothing to look for.
+
+        Costs nothing when no UDP virtual server has changed since the last call. Raises KernelError; what was to be
+        done is then done by a later call.
+        """
+        questions = self._staleness.questions(self.held.servers, self.desired.serving)
+        if not questions:
+            return None
+        if self._flow_table is None:
+            self._staleness.answered(questions)
+            return None
+        try:
+            swept = self._flow_table.sweep(questions)
+        except Exception:
+            self._staleness.failed(questions)
+            raise
+        self._staleness.answered(questions)
+        return swept
+
     # --------------------------------------------------------------------------------------------------- draining
 
-    def draining_pass(self, limit: int = 500) -> SyncReport | None:
+    def draining_pass(self, limit: int = 500, busy: Callable[[], Collection[Address]] = tuple) -> SyncReport | None:
         """Let go of real servers whose connections have ended or whose deadline has passed; None = nothing to do.
 
-        Asks the kernel for at most `limit` virtual servers, oldest deadline first.
+        Asks the kernel for at most `limit` virtual servers, oldest deadline first. `busy`: VIPs that are in use though
+        no connection of a real server shows it.
         """
         if not self.drains.deadlines:
             return None
@@ -306,16 +361,20 @@ class Reconciler:
         waiting: dict[VirtualAddress, list[DrainKey]] = {}
         for key in sorted(deadlines, key=deadlines.__getitem__):
             waiting.setdefault(key.at, []).append(key)
+        used: Collection[Address] | None = None
         for at, keys in list(waiting.items())[:limit]:
             try:
                 open_now = self.backend.open_connections(at)
             except KernelError:
                 ripe.add(at)  # gone already: the sync will see
                 continue
-            for key in keys:
-                if not open_now.get((key.address, key.port), 0):
+            done = [key for key in keys if not open_now.get((key.address, key.port), 0)]
+            if done and used is None:
+                used = busy()
+            if done and used is not None and at.address not in used:
+                ripe.add(at)
+                for key in done:
                     self.drains.finish(key)
-                    ripe.add(at)
         return self.sync("drain", ripe) if ripe else None
 
     def _keep_clocks(self) -> None:

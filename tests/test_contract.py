@@ -12,6 +12,7 @@ import pytest
 from dataplane.backend import MODES, Backend, Options, open_backend
 from dataplane.model import VirtualServer
 from dataplane.plan import State, diff
+from dataplane.procfs_sysctl import read, write
 from dataplane.testing import FakeBackend
 
 from .netns import NetNs
@@ -265,3 +266,30 @@ def test_labels_that_are_not_plain_never_reach_the_kernel(backend: Backend) -> N
     assert "evil" not in str(backend.compile(plan)) or isinstance(backend, FakeBackend)
     backend.commit(backend.compile(plan))
     assert list(backend.observe().servers) == [hostile.at]
+
+
+def test_a_mode_can_be_told_from_its_absence(backend: Backend) -> None:
+    assert not backend.present()
+    backend.prepare()
+    assert backend.present()
+    backend.remove()
+    assert not backend.present()
+
+
+def test_settings_are_noted_as_an_earlier_mode_found_them_and_left_alone_if_told(backend: Backend) -> None:
+    name = "net.ipv4.ip_forward"
+    if isinstance(backend, FakeBackend):
+        backend.wants, kernel = {name: 1}, backend.sysctls
+        kernel[name] = 1
+    else:
+        write(name, 1)
+    backend.prepare({name: 0, "net.ipv4.vs.no_such_setting": 7})
+    assert backend.settings().get(name) == 0
+    assert "net.ipv4.vs.no_such_setting" not in backend.settings()
+    backend.prepare()
+    assert backend.settings().get(name) == 0
+    backend.remove(leave=[name])
+    assert (backend.sysctls[name] if isinstance(backend, FakeBackend) else read(name)) == 1
+    backend.prepare({name: 0})
+    backend.remove()
+    assert (backend.sysctls[name] if isinstance(backend, FakeBackend) else read(name)) == 0

@@ -15,8 +15,8 @@ import pytest
 from dataplane import iptables_text, run_iptables
 from dataplane.backend import Backend, Options
 from dataplane.errors import KernelError, PreflightError, ToolError, Unanswered
-from dataplane.iptables_restore import IptablesBackend
-from dataplane.iptables_text import chain_name
+from dataplane.iptables_restore import IptablesBackend, open_beside
+from dataplane.iptables_text import MARKER, chain_name
 from dataplane.model import Masquerade, VirtualServer, parse_network
 from dataplane.plan import State, diff
 from dataplane.run_tool import run_tool
@@ -572,6 +572,12 @@ def test_the_other_back_ends_chains_are_told(netns: NetNs) -> None:
         old.prepare()
         assert old.flavour == "legacy"
         new = IptablesBackend(Options(iptables_tool="nft"))
+        # ours are let go by the switch, those of a kube-proxy are not
+        beside = open_beside(Options(iptables_tool="nft"))
+        assert beside is not None
+        assert (beside.mode, beside.flavour) == ("iptables (legacy)", "legacy")
+        assert new.prepare() == ()
+        netns.run("iptables-legacy", "-t", "nat", "-F", MARKER)
         (told,) = new.prepare()
         assert new.flavour == "nft"
         assert told.startswith("iptables here is nft, and iptables-legacy has chains of Services too (KUBE-")

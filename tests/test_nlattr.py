@@ -14,10 +14,12 @@ from dataplane.nlattr import (
     be16,
     be32,
     blob,
+    compile_reader,
     compile_template,
     cstring,
     nest,
     nested,
+    raw4,
     raw16,
     s32,
     u8,
@@ -129,3 +131,22 @@ def test_a_slot_has_to_fit_and_to_be_filled() -> None:
         Outer.parts({"port": Slot("port", "4s")})
     with pytest.raises(TypeError, match="without a parameter: port"):
         compile_template(Outer.parts({"port": Slot("port", "H")}), ["vip"])
+
+
+def test_a_reader_reverses_its_template() -> None:
+    class Inner(NlAttrs):
+        address = attr(1, raw4)
+        port = attr(2, be16)
+
+    slots = Inner.parts({"address": Slot("address", "4s"), "port": Slot("port", "H")})
+    parts = [b"head", *nest(7, slots)]
+    write, read = compile_template(parts, ("address", "port")), compile_reader(parts)
+    message = write(b"\x0a\0\0\1", 80)
+    assert read(message, 0) == (b"\x0a\0\0\1", 80)
+    assert read(b"before" + message + b"after", 6) == (b"\x0a\0\0\1", 80)
+    assert read(message[:-3], 0) is None
+    for place in range(len(message)):
+        other = bytearray(message)
+        other[place] ^= 1
+        told = read(other, 0)
+        assert told is None or told != (b"\x0a\0\0\1", 80)

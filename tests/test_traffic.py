@@ -140,6 +140,25 @@ def test_a_vip_answers_on_its_services_ports_only(agent: NodeAgent, world: Topol
             assert ns.run("ping", "-c1", "-W2", vip, check=False).returncode != 0
 
 
+def test_node_ports_follow_the_nodes_addresses(agent: NodeAgent, world: Topology, client: Caller) -> None:
+    """Every address of the node serves them, also one that comes later; no other port of it is anybody's."""
+    ports = [{"name": "http", "port": 80, "protocol": "TCP", "nodePort": 30080}]
+    agent.write(manifest([world.pods[0].addresses], type="NodePort", ports=ports))
+    agent.start()
+    for address in world.node_addresses:
+        assert client.ask(address, 30080) == "pod0"
+        assert client.ask(address, 30081) == "refused"  # by the node itself
+    assert Caller(world.node).ask(world.node_addresses[0], 30080) == "pod0"
+    assert client.ask("192.0.2.77", 30080, timeout=0.5) != "pod0"
+    before = agent.status()["virtualServers"]
+    world.node.ip(f"address add 192.0.2.77/24 dev {world.uplink}")
+    try:
+        eventually("a new address serves", lambda: client.ask("192.0.2.77", 30080, timeout=1) == "pod0", 15)
+    finally:
+        world.node.ip(f"address delete 192.0.2.77/24 dev {world.uplink}")
+    eventually("one that is gone is forgotten", lambda: agent.status()["virtualServers"] == before, 15)
+
+
 def test_a_service_without_endpoints_refuses_and_then_serves(agent: NodeAgent, world: Topology, client: Caller) -> None:
     agent.write(manifest([]))
     agent.start()
