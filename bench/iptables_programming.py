@@ -10,8 +10,8 @@ import subprocess
 from functools import partial
 
 from dataplane.backend import Options
-from dataplane.iptables_books import Script
 from dataplane.iptables_restore import IptablesBackend, IptablesTransaction
+from dataplane.iptables_script import Script
 from dataplane.model import Address, Family, RealServer, VirtualAddress, VirtualServer
 from dataplane.plan import State, diff
 

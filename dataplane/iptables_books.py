@@ -6,15 +6,13 @@ stays as it is is never sent, which is why the counters of KUBE-SEP go on counti
 what all addresses of a ServicePort share is sent once.
 """
 
-from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
-from msgspec import Struct
-
-from .iptables_chains import ChainKey, Line, Rendered, Site, arrange, group_of, lines_of, render
+from .iptables_chains import ChainKey, Site, arrange, group_of, lines_of, render
 from .iptables_reading import DAMAGED, Contents, Damage, read
 from .iptables_save import Table
+from .iptables_script import Group, Script, Wanted, Writer
 from .iptables_text import CLUSTER_IPS, LAST, SHARED, Form, closed_ports, service_text, unallocated
 from .model import Address, Family, Kind, VirtualAddress, VirtualServer
 
@@ -22,58 +20,6 @@ SECTION = 100
 """Groups whose chains go in one section, and four times as many chains that go: measured, 50 to 250 are alike."""
 FEW = 32
 """Rules of shared chains that are edited one by one; more of them, or a fourth of all, and they are sent whole."""
-
-Wanted = Sequence[tuple[VirtualAddress, VirtualServer | None]]
-"""Virtual addresses, and the server that each shall have; None = none."""
-
-
-class Script(Struct, frozen=True):
-    """An iptables-restore input. `blame`: ranges of lines (first, behind the last) and whose they are, in order;
-    `after`: what was wanted.
-    """
-
-    lines: list[str]
-    blame: list[tuple[int, int, tuple[VirtualAddress, ...]]]
-    after: Wanted
-    whole: bool
-    carried: frozenset[str]
-    """KUBE-SEP chains that are written anew and whose counters shall go on."""
-
-    def text(self, hits: Mapping[str, int] | None = None) -> str:
-        """The input itself; with `hits` the counters of carried chains, for `--counters`."""
-        if not hits:
-            return "\n".join([*self.lines, ""]) if self.lines else ""
-        carried = {f"-A {name} -p ": hits.get(name, 0) for name in self.carried}
-        width = len("-A KUBE-SEP-0123456789ABCDEF -p ")
-        return "".join(
-            f"[{carried[line[:width]]}:0] {line}\n" if line[:width] in carried else line + "\n" for line in self.lines
-        )
-
-    def whose(self, line: int) -> tuple[VirtualAddress, ...]:
-        """The servers that a line, counted from 1, is about."""
-        place = bisect_right(self.blame, line - 1, key=lambda each: each[0]) - 1
-        return self.blame[place][2] if place >= 0 and line - 1 < self.blame[place][1] else ()
-
-
-class _Group(Struct):
-    """A group that a change touches: its rules before and after, and which of the addresses in it are to change."""
-
-    before: Rendered
-    after: Rendered
-    moving: dict[VirtualAddress, str]
-    """With a heading for each."""
-    changed: list[ChainKey] = []
-    """Chains to be written."""
-
-    def blamed(self, users: Iterable[VirtualAddress]) -> tuple[VirtualAddress, ...]:
-        """Whom a refused rule concerns: those of its users that are to change, else all that are."""
-        return tuple([at for at in users if at in self.moving]) or tuple(self.moving)
-
-    def edits(self) -> int:
-        """Rules in shared chains that come or go."""
-        if not self.before.lines or not self.after.lines:
-            return len(self.before.lines) + len(self.after.lines)
-        return len(set(self.before.lines) ^ set(self.after.lines))
 
 
 class Books:
@@ -170,13 +116,13 @@ class Books:
             declared = previous.intersection(key for group in groups for key in group.changed)
             carried = frozenset(name for _, name in declared if name.startswith("KUBE-SEP-"))
         whole = whole or sum(group.edits() for group in groups) > max(FEW, len(self.held) // 4)
-        writer = _Writer()
+        writer = Writer()
         for table in ("filter", "nat"):
             self._table(writer, table, groups, [name for one, name in gone if one == table], wanted, whole=whole)
         return Script(writer.lines, writer.blame, wanted, whole, carried)
 
     def _table(
-        self, writer: "_Writer", table: str, groups: list[_Group], gone: list[str], wanted: Wanted, *, whole: bool
+        self, writer: Writer, table: str, groups: list[Group], gone: list[str], wanted: Wanted, *, whole: bool
     ) -> None:
         changed = [[name for one, name in group.changed if one == table] for group in groups]
         split = self.sections and sum(map(len, changed)) + len(gone) > 4 * SECTION
@@ -222,7 +168,7 @@ class Books:
                 writer.lines += map(verb.format, gone[start : start + 4 * SECTION])
                 writer.commit()
 
-    def _touched(self, wanted: Wanted) -> list[_Group]:
+    def _touched(self, wanted: Wanted) -> list[Group]:
         """The groups in which something changes, as they are and as they shall be."""
         form, held = self.form, self.held
         moving: dict[str, dict[VirtualAddress, VirtualServer | None]] = {}
@@ -240,7 +186,7 @@ class Books:
             stay = [held[at] for at in members if at not in changes]
             come = [new for new in changes.values() if new is not None]
             before, after = render(form, [held[at] for at in members]), render(form, [*stay, *come])
-            groups.append(_Group(before, after, {at: self._head(at, new) for at, new in changes.items()}))
+            groups.append(Group(before, after, {at: self._head(at, new) for at, new in changes.items()}))
         return groups
 
     def _head(self, at: VirtualAddress, new: VirtualServer | None) -> str:
@@ -281,64 +227,3 @@ class Books:
         addresses = sorted((uses.keys() - set(closed)) | set(opened))
         lines = [f"-A {CLUSTER_IPS} {closed_ports(address)}" for address in addresses]
         return lines + [f"-A {CLUSTER_IPS} {rule}" for rule in unallocated(self.form, self.family)]
-
-
-class _Writer:
-    """Restore text in the making."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-        self.blame: list[tuple[int, int, tuple[VirtualAddress, ...]]] = []
-        self._name = ""
-
-    def begin(self, name: str) -> None:
-        """A section of a table; one that stays empty leaves nothing behind."""
-        self._name = f"*{name}"
-        self.lines.append(self._name)
-
-    def commit(self) -> None:
-        """The end of the section."""
-        if self.lines[-1] is self._name:
-            self.lines.pop()
-        else:
-            self.lines.append("COMMIT")
-
-    def group(
-        self,
-        group: _Group,
-        table: str,
-        names: Sequence[str],
-        before: Sequence[Line],
-        after: Sequence[Line],
-        *,
-        verb: str = "-A",
-    ) -> None:
-        """The lines of one group, below headings that name those in it that change: its chains, then its rules."""
-        if len(group.moving) == 1:
-            lines = [f"-A {name} {rule}" for name in names for rule in group.after.chains[table, name]]
-            lines += [f"-D {line.chain[1]} {line.rule}" for line in before]
-            lines += [f"{verb} {line.chain[1]} {line.rule}" for line in after]
-            if lines:
-                self._block(tuple(group.moving), next(iter(group.moving.values())), lines)
-            return
-        parts: dict[VirtualAddress, list[tuple[tuple[VirtualAddress, ...], list[str]]]] = {}
-        for name in names:
-            users = group.blamed(group.after.users.get((table, name), ()))
-            rules = [f"-A {name} {rule}" for rule in group.after.chains[table, name]]
-            parts.setdefault(users[0], []).append((users, rules))
-        for action, edits in (("-D", before), (verb, after)):
-            for line in edits:
-                users = group.blamed((line.at, line.at._replace(inside=True)))
-                parts.setdefault(users[0], []).append((users, [f"{action} {line.chain[1]} {line.rule}"]))
-        if names and len(group.moving) > 1:  # chains that many share are sent once, below the headings of all
-            self.lines += [head for at, head in group.moving.items() if at not in parts]
-        for at, part in parts.items():
-            for number, (users, rules) in enumerate(part):
-                self._block(users, "" if number else group.moving[at], rules)
-
-    def _block(self, users: tuple[VirtualAddress, ...], head: str, lines: list[str]) -> None:
-        if head:
-            self.lines.append(head)
-        start = len(self.lines)
-        self.lines += lines
-        self.blame.append((start, len(self.lines), users))

@@ -22,9 +22,10 @@ from msgspec import Struct
 from .backend import NO_SETTINGS, Options, Outcome, RealCounters, ServerReport, Transaction
 from .drain import DrainKey
 from .errors import KernelError, PreflightError, ToolError
-from .iptables_books import Books, Script, Wanted
+from .iptables_books import Books
 from .iptables_chains import express
 from .iptables_save import Table, same_rule, same_rules
+from .iptables_script import Script, Wanted
 from .iptables_text import JUMPS, MARKER, Form, chain_name, fixed, marker
 from .model import Address, Family, VirtualAddress, VirtualServer, family_of
 from .plan import Plan, State
