@@ -233,3 +233,10 @@ def test_another_service_takes_the_address() -> None:
     news = update(dns=None, log=view(service("default/log 10.96.0.10 :53/UDP"), pods))
     assert world.change(news) == [{"10.96.0.10:53": {"10.244.2.3:9053"}}]
     assert split("10.244.2.3:9053") in world.reconciler.desired.serving(at("UDP 10.96.0.10:53"))
+
+
+def test_everything_can_be_asked_for() -> None:
+    world = World()
+    world.start(dns("10.244.1.7"))
+    world.reconciler.clean_flows(everything=True)
+    assert world.table.asked[1:] == [{"10.96.0.10:53": {"10.244.1.7:9053"}}]

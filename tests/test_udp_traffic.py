@@ -14,8 +14,7 @@ import pytest
 
 from .netns import NetNs, Topology
 from .node_agent import VIP, VIP6, NodeAgent, manifest, node_agent
-from .test_nft_traffic import listeners
-from .traffic import _serving, eventually
+from .traffic import eventually, servers
 
 MODES = [
     pytest.param("nftables", marks=pytest.mark.root),
@@ -40,7 +39,7 @@ def world(mode: str) -> Iterator[Topology]:
             built.node.sysctl(f"ipv4.conf.{key}.send_redirects", 0)  # they use up what the kernel allows of rejects
         if mode != "ipvs":  # VIPs are nobody's addresses: a node needs some route that leads to them
             built.node.ip(*(f"route add default via {each}" for each in built.client_addresses))
-        with _serving([one for n, pod in enumerate(built.pods) for one in listeners(pod, f"pod{n}")]):
+        with servers(built.pods):
             yield built
 
 
