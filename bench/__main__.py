@@ -4,21 +4,39 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-from . import changes, daemon, looking, programming
+from . import changes, daemon, iptables_programming, looking, nft_programming, programming
 from .isolation import RunFailed, isolated
 from .programming import family_id
 from .records import Key, Records, Target, metadata, table
+from .stopwatch import Spent
 
-TARGETS = (
+TARGETS: tuple[Target, ...] = (
     Target("program", "ipvs", "dataplane", "raw replay", 1.5, 10_000),
     Target("program", "ipvs", "dataplane", "ipvsadm -R", 1 / 20, 10_000),
     Target("program", "vips", "dataplane", "raw replay", 1.2, 10_000),
     Target("change", "weight", "to ACK", "floor", 2.0),
     Target("change", "replace", "to ACK", "floor", 2.0),
 )
-BASES = {"program": "raw replay", "change": "floor"}
+TARGETS += tuple(
+    Target(case, part, "dataplane", base, most, least)
+    for case, base, most, least in (
+        ("nftables", "raw replay", 2.0, 10_000),
+        ("nftables", "nft -f, a chain each", 1 / 30, 10_000),
+        ("iptables-legacy", "by hand", 1.15, 0),
+        ("iptables-nft", "by hand", 1.15, 0),
+    )
+    for part in ("full", "full, processor time", "change", "change, processor time")
+)
+BASES = {
+    "program": "raw replay",
+    "change": "floor",
+    "nftables": "raw replay",
+    "iptables-legacy": "by hand",
+    "iptables-nft": "by hand",
+}
 
 
 class Settings(argparse.Namespace):
@@ -111,11 +129,69 @@ def measure_daemon(settings: Settings, records: Records) -> None:
         records.add(Key("agent", size, "", name), value, unit)
 
 
+def measure_nftables(settings: Settings, records: Records) -> None:
+    """Full programming by all contenders in turns, then changes of one Service."""
+    for size in settings.sizes:
+        for turn in range(settings.rounds):
+            for name, run in nft_programming.CONTENDERS.items():
+                if turn == 0 or name not in nft_programming.SLOW:
+                    say(f"nftables: {size} Services, round {turn + 1}, {name}")
+                    _spend(records, Key("nftables", size, "full", name), partial(run, size))
+        say(f"nftables: one of {size} Services changes, {settings.changes} times")
+        try:
+            for value in nft_programming.change(size, settings.changes):
+                records.add(Key("nftables", size, "change", "to ACK"), value)
+        except RunFailed as error:
+            records.fail(f"nftables, {size}, change: {error}")
+
+
+def measure_iptables(settings: Settings, records: Records) -> None:
+    """Each back end: full programming in turns, then changes of one Service in turns."""
+    hands = (iptables_programming.HAND, iptables_programming.OURS)
+    for tool in iptables_programming.TOOLS:
+        case = f"iptables-{tool}"
+        for size in settings.sizes:
+            for turn in range(min(settings.rounds, 3)):
+                once = (iptables_programming.ONE_SECTION,) if (tool, turn) == ("nft", 0) and size <= _QUADRATIC else ()
+                for name in (*hands, *once):
+                    say(f"{case}: {size} Services, round {turn + 1}, {name}")
+                    key = Key(case, size, "full", name)
+                    _spend(records, key, partial(iptables_programming.full, tool, size, name))
+            count = max(5, settings.changes // 20)
+            say(f"{case}: one of {size} Services changes, {count} times by each")
+            try:
+                for name, samples in iptables_programming.change(tool, size, count).items():
+                    for spent in samples:
+                        _note(records, Key(case, size, "change", name), spent)
+            except RunFailed as error:
+                records.fail(f"{case}, {size}, change: {error}")
+
+
+_QUADRATIC = 3000
+"""Services beyond which the tool takes minutes for one section."""
+
+
+def _spend(records: Records, key: Key, run: Callable[[], Spent]) -> None:
+    try:
+        _note(records, key, run())
+    except RunFailed as error:
+        records.fail(f"{', '.join(map(str, key))}: {error}")
+
+
+def _note(records: Records, key: Key, spent: Spent) -> None:
+    records.add(key, spent.wall)
+    records.add(key._replace(part=f"{key.part}, processor time"), spent.cpu)
+
+
+IPVS_CASES = ("program", "change", "look", "agent")
+"""Of ipvs mode, and for kernels that have it."""
 CASES: dict[str, Callable[[Settings, Records], None]] = {
     "program": measure_programming,
     "change": measure_changes,
     "look": measure_looking,
     "agent": measure_daemon,
+    "nftables": measure_nftables,
+    "iptables": measure_iptables,
 }
 
 
@@ -144,11 +220,13 @@ def read_command_line(arguments: list[str] | None = None) -> Settings:
 def main() -> int:
     """0: everything was measured; 1: something failed; 2: this kernel cannot do it."""
     settings = read_command_line()
-    try:
-        isolated(family_id)
-    except (RunFailed, OSError) as error:
-        say(f"bench: root and a kernel with IPVS are needed: {error}")
-        return 2
+    if any(name in IPVS_CASES for name in settings.only):
+        try:
+            isolated(family_id)
+        except (RunFailed, OSError) as error:
+            rest = " ".join(sorted(CASES.keys() - set(IPVS_CASES)))
+            say(f"bench: root and a kernel with IPVS are needed, or --only {rest}: {error}")
+            return 2
     records = Records(settings.out)
     began = time.monotonic()
     for name in settings.only:

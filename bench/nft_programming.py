@@ -1,27 +1,29 @@
-"""nftables mode against its floor and its rival, natively: `python -m bench.nft_programming [SERVICES]`.
+"""nftables mode against its floor and its rival: `python -m bench --only nftables`.
 
 Full programming: ours from plan to ACK; the bytes ours sends, ready before the clock starts, sent by a plain socket;
 and `nft -f` of one chain per Service with an anonymous map. A change: the three endpoints of one Service replaced, from
 plan to ACK. Each figure is of a namespace of its own.
 """
 
-import socket
-import statistics
 import subprocess
 import sys
 import time
-from functools import partial
+from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 from dataplane.backend import Backend, open_backend
 from dataplane.model import Address, RealServer, VirtualServer, format_address
-from dataplane.netlink_socket import NetlinkSocket
+from dataplane.netlink_socket import NETLINK_NETFILTER
 from dataplane.plan import State, diff
 
 from . import workload
-from .isolation import isolated
+from .isolation import RunFailed, isolated
+from .raw import PlainSocket
+from .stopwatch import Spent, measured
+from .watching import record
 
-ROUNDS = 5
+WARM_UP = 100
 
 
 def _prepared(size: int) -> tuple[Backend, State, dict[Any, VirtualServer]]:
@@ -31,46 +33,51 @@ def _prepared(size: int) -> tuple[Backend, State, dict[Any, VirtualServer]]:
     return backend, backend.observe(), wanted
 
 
-def full(size: int) -> float:
-    """Seconds of ours: plan, compile, commit."""
-    backend, held, wanted = _prepared(size)
-    started = time.perf_counter()
-    outcome = backend.commit(backend.compile(diff(held, wanted)))
-    spent = time.perf_counter() - started
-    assert not outcome.failed
-    assert len(backend.observe().servers) == size
-    return spent
+def dataplane(size: int) -> Spent:
+    """Ours: plan, compile, commit."""
+
+    def work() -> Spent:
+        backend, held, wanted = _prepared(size)
+        spent = measured(lambda: backend.commit(backend.compile(diff(held, wanted))))
+        _verify(backend, size)
+        return spent
+
+    return isolated(work)
 
 
-def replay(size: int) -> float:
-    """Seconds for the same bytes, encoded beforehand, by a plain socket."""
-    sent: list[bytes] = []
-    original = NetlinkSocket._send
+def raw_replay(size: int) -> Spent:
+    """The bytes that ours sends, ready before the clock starts, by a plain socket."""
+    batch = recorded(size)
 
-    def record(self: NetlinkSocket, data: bytes | bytearray) -> None:
-        sent.append(bytes(data))
-        original(self, data)
+    def work() -> Spent:
+        backend, _, _ = _prepared(size)
+        plain = PlainSocket(NETLINK_NETFILTER, len(batch))
+        spent = measured(lambda: plain.ask(batch))
+        _verify(backend, size)
+        return spent
 
-    backend, held, wanted = _prepared(size)
-    NetlinkSocket._send = record  # type: ignore[method-assign]
-    backend.commit(backend.compile(diff(held, wanted)))
-    NetlinkSocket._send = original  # type: ignore[method-assign]
-    backend.remove()
-    backend.prepare()
-    (batch,) = [each for each in sent if len(each) > 1000]
-    # the generation is another one by now: without the attribute nobody asks
-    batch = _without_generation(batch)
-    plain = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 12)
-    for option in (32, 33):  # SO_SNDBUFFORCE, SO_RCVBUFFORCE
-        plain.setsockopt(socket.SOL_SOCKET, option, 64 << 20)
-    plain.bind((0, 0))
-    started = time.perf_counter()
-    plain.send(batch)
-    answer = plain.recv(65536)
-    spent = time.perf_counter() - started
-    assert int.from_bytes(answer[16:20], sys.byteorder) == 0
-    assert len(backend.observe().servers) == size
-    return spent
+    return isolated(work)
+
+
+@lru_cache(maxsize=4)
+def recorded(size: int) -> bytes:
+    """The batch that ours sends for so many Services; of no generation, so that nobody asks for the right one."""
+
+    def work() -> bytes:
+        backend, held, wanted = _prepared(size)
+        transaction = backend.compile(diff(held, wanted))
+        sent = record()
+        backend.commit(transaction)
+        (batch,) = [each.data for each in sent if len(each.data) > 1000]
+        return _without_generation(batch)
+
+    return isolated(work)
+
+
+def _verify(backend: Backend, size: int) -> None:
+    found = len(backend.observe().servers)
+    if found != size:
+        raise RunFailed(f"{found} servers in the table instead of {size}")
 
 
 def _without_generation(batch: bytes) -> bytes:
@@ -78,8 +85,13 @@ def _without_generation(batch: bytes) -> bytes:
     return (20).to_bytes(4, sys.byteorder) + batch[4:20] + batch[length:]
 
 
-def chains(size: int) -> float:
-    """Seconds of `nft -f` for one chain per Service, each with an anonymous map."""
+def nft_chains(size: int) -> Spent:
+    """`nft -f` of one chain per Service, each with an anonymous map."""
+    text = _chains(size)
+    return isolated(lambda: measured(lambda: subprocess.run(["nft", "-f", "-"], input=text, text=True, check=True)))
+
+
+def _chains(size: int) -> str:
     lines = ["table ip chains {", "map services { type ipv4_addr . inet_proto . inet_service : verdict; }"]
     elements = []
     for number, server in enumerate(workload.servers(size)):
@@ -91,53 +103,41 @@ def chains(size: int) -> float:
         )
         elements.append(f"{format_address(server.at.address)} . tcp . {server.at.port} : goto s{number}")
     lines += ["}", "add element ip chains services { " + ", ".join(elements) + " }"]
-    started = time.perf_counter()
-    subprocess.run(["nft", "-f", "-"], input="\n".join(lines), text=True, check=True, timeout=900)
-    return time.perf_counter() - started
+    return "\n".join(lines)
 
 
-def change(size: int) -> list[float]:
-    """Seconds of each of 1000 changes: three endpoints of one Service replaced, from plan to ACK."""
-    backend, held, wanted = _prepared(size)
-    plan = diff(held, wanted)
-    backend.commit(backend.compile(plan))
-    held.apply(plan)
-    samples = []
-    keys = list(wanted)
-    for turn in range(1100):
-        at = keys[turn * 37 % size]
-        old = held.servers[at]
-        reals = tuple(
-            RealServer(Address((0x0B000000 + turn * 3 + n).to_bytes(4)), 8080) for n in range(len(old.real_servers))
-        )
-        new = {at: VirtualServer(at, reals, "random", label=old.label)}
-        started = time.perf_counter()
-        plan = diff(held, new, [at])
-        outcome = backend.commit(backend.compile(plan))
-        samples.append(time.perf_counter() - started)
-        assert not outcome.failed
-        assert not outcome.unsure
+CONTENDERS: dict[str, Callable[[int], Spent]] = {
+    "raw replay": raw_replay,
+    "dataplane": dataplane,
+    "nft -f, a chain each": nft_chains,
+}
+SLOW = {"nft -f, a chain each"}
+
+
+def change(size: int, count: int) -> list[float]:
+    """Seconds of each of `count` changes: three endpoints of one Service replaced, from plan to ACK."""
+
+    def work() -> list[float]:
+        backend, held, wanted = _prepared(size)
+        plan = diff(held, wanted)
+        backend.commit(backend.compile(plan))
         held.apply(plan)
-    return samples[100:]
+        samples = []
+        keys = list(wanted)
+        for turn in range(count + WARM_UP):
+            at = keys[turn * 37 % size]
+            old = held.servers[at]
+            reals = tuple(
+                RealServer(Address((0x0B000000 + turn * 3 + n).to_bytes(4)), 8080) for n in range(len(old.real_servers))
+            )
+            new = {at: VirtualServer(at, reals, "random", label=old.label)}
+            started = time.perf_counter()
+            plan = diff(held, new, [at])
+            outcome = backend.commit(backend.compile(plan))
+            samples.append(time.perf_counter() - started)
+            if outcome.failed or outcome.unsure:
+                raise RunFailed(f"change {turn}: {outcome}")
+            held.apply(plan)
+        return samples[WARM_UP:]
 
-
-def main() -> None:
-    """Print the table."""
-    size = int(sys.argv[1]) if len(sys.argv) > 1 else 10_000
-    ours, floor = [], []
-    for _ in range(ROUNDS):
-        ours.append(isolated(lambda: full(size)))
-        floor.append(isolated(lambda: replay(size)))
-    print(
-        f"full programming, {size} x {workload.ENDPOINTS}: ours {statistics.median(ours) * 1000:.0f} ms, replay "
-        f"{statistics.median(floor) * 1000:.0f} ms, ratio {statistics.median(ours) / statistics.median(floor):.2f}"
-    )
-    for each in (1000, size, 40_000):
-        samples = sorted(isolated(partial(change, each)))
-        print(f"one Service changed among {each}: p50 {samples[500] * 1e6:.0f} us, p99 {samples[990] * 1e6:.0f} us")
-    rival = isolated(lambda: chains(size))
-    print(f"nft -f, one chain per Service: {rival:.1f} s, {rival / statistics.median(ours):.0f} times ours")
-
-
-if __name__ == "__main__":
-    main()
+    return isolated(work)

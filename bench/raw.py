@@ -26,10 +26,10 @@ class Sent(NamedTuple):
 class PlainSocket:
     """A netlink socket that sends what it is given and reads one answer."""
 
-    def __init__(self, protocol: int) -> None:
+    def __init__(self, protocol: int, most: int = BUFFER) -> None:
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, protocol)
         for option in (SO_SNDBUFFORCE, SO_RCVBUFFORCE):
-            self._socket.setsockopt(socket.SOL_SOCKET, option, BUFFER)
+            self._socket.setsockopt(socket.SOL_SOCKET, option, max(most, BUFFER))
         self._socket.bind((0, 0))
         self._buffer = bytearray(1 << 16)
 

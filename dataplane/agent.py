@@ -18,7 +18,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any, Protocol
 
 from msgspec import Struct
@@ -73,6 +73,38 @@ class Node(Protocol):
         """The rules that go with what they are now."""
 
 
+class Switch(Protocol):
+    """What an agent needs of a `mode_switch.ModeSwitch`: other modes that are still here, and how they go."""
+
+    @property
+    def leaving(self) -> Sequence[object]:
+        """Those that are still here, in words."""
+
+    @property
+    def stuck(self) -> bool:
+        """Something of them stays until the input or the kernel is mended."""
+
+    def look(self) -> dict[str, int]:
+        """Find them; sysctls as they were before them."""
+
+    def step(self, *, input_is_whole: bool, now: bool = False) -> None:
+        """Go on with letting them go."""
+
+
+class NoSwitch:
+    """For an agent that is alone with its mode."""
+
+    leaving = ()
+    stuck = False
+
+    def look(self) -> dict[str, int]:
+        """Nothing."""
+        return {}
+
+    def step(self, *, input_is_whole: bool, now: bool = False) -> None:
+        """Nothing."""
+
+
 class Log(Protocol):
     """What the agent needs of a structlog logger."""
 
@@ -85,10 +117,17 @@ class Agent:
     """One node's agent for one mode. `run` returns after SIGTERM or SIGINT; the kernel keeps what was programmed."""
 
     def __init__(
-        self, reconciler: Reconciler, source: Source, options: AgentOptions, log: Log, node: Node | None = None
+        self,
+        reconciler: Reconciler,
+        source: Source,
+        options: AgentOptions,
+        log: Log,
+        node: Node | None = None,
+        switch: Switch = NoSwitch(),  # noqa: B008 (has no state)
     ) -> None:
         self._reconciler = reconciler
         self._node = node
+        self._switch = switch
         self._source = source
         self._options = options
         self._log = log
@@ -147,11 +186,12 @@ class Agent:
         update = self._source.read()
         reconciler.take(update)
         self._tell_problems()
-        for lack in reconciler.backend.prepare():
+        for lack in reconciler.backend.prepare(self._switch.look()):
             self._log.warning("not as wanted", lack=lack)
         reconciler.observe()
         reconciler.keep_unexplained(input_is_whole=not self._source.problems)
         self._report(reconciler.sync("start"))
+        self._switch.step(input_is_whole=not self._source.problems)
         self._clean_flows()
         give_memory_back()
         gc.collect()
@@ -178,11 +218,14 @@ class Agent:
                     took = time.monotonic()
                     self._report(self._reconciler.verify(cause))
                     took = time.monotonic() - took
+                    if before := self._switch.look():
+                        self._reconciler.backend.prepare(before)
                     # a look must never cost more than about 1 % of a processor, whatever the table's size
                     next_verify = time.monotonic() + max(self._options.resync_seconds, 100 * took)
                 drained = self._reconciler.draining_pass()
                 if drained:
                     self._report(drained)
+                self._switch.step(input_is_whole=not self._source.problems)
             except (DataplaneError, OSError) as error:
                 self._fail(error)
             self._clean_flows()
@@ -197,7 +240,7 @@ class Agent:
         due = [until]
         own = (self._disturbed_at, self._retry_at, self._flows_retry_at, self._health.retry_at)
         due += [moment for moment in own if moment is not None]
-        if self._reconciler.drains.deadlines:
+        if self._reconciler.drains.deadlines or self._switch.leaving:
             due.append(time.monotonic() + self._options.drain_poll_seconds)
         if not (self._updates or self._reload or self._renumbered or self._stop.is_set()):
             with contextlib.suppress(TimeoutError):
@@ -314,9 +357,11 @@ class Agent:
         for problem in sorted(self._told - standing):
             self._log.info("input mended", problem=printable(str(problem), 500))
         self._told = standing
+        for remark in self._reconciler.remarks():
+            self._log.warning("remark", remark=printable(remark, 4000))
 
     def _is_healthy(self) -> bool:
-        return not (self._last_error or self._reconciler.failing or self._reconciler.held_back)
+        return not (self._last_error or self._reconciler.failing or self._reconciler.held_back or self._switch.stuck)
 
     def status(self) -> dict[str, Any]:
         """What `dataplane status` shows. Times in seconds since the epoch."""
@@ -335,6 +380,7 @@ class Agent:
             "virtualServers": len(reconciler.held.servers),
             "wantedVirtualServers": len(reconciler.desired.servers),
             "draining": len(reconciler.drains.deadlines),
+            "leavingModes": list(map(str, self._switch.leaving)),
             "heldBack": len(reconciler.held_back),
             "keptForFaultyInput": len(reconciler.unexplained),
             "failing": [f"{at}: {error}" for at, error in sorted(reconciler.failing.items())],

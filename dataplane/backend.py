@@ -6,8 +6,8 @@ bench) holds the `State`. A fourth mode is one file with a `Backend` in it and o
 """
 
 import importlib
-from collections.abc import Collection, Iterator
-from typing import NamedTuple, Protocol
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, NamedTuple, Protocol
 
 from msgspec import Struct
 
@@ -39,6 +39,9 @@ class Options(Struct, frozen=True):
     timeouts: tuple[int, int, int] = (0, 0, 0)
     iptables_compat: str = "classic"
     iptables_tool: str = ""
+
+
+NO_SETTINGS: Mapping[str, int] = {}
 
 
 class Transaction(Protocol):
@@ -89,15 +92,24 @@ class Backend(Protocol):
     mode: str
     drains: bool
     """Removed real servers need weight 0 and patience in this mode (elsewhere conntrack keeps connections alive)."""
+    shares_affinity: bool
+    """A client's endpoint is remembered for a Service's port, and not for each of its addresses on its own."""
 
     def express(self, server: VirtualServer) -> VirtualServer:
         """The server as this mode can hold it; what it has no way to say takes its default, so that states compare."""
 
-    def prepare(self) -> tuple[str, ...]:
+    def present(self) -> bool:
+        """Whether anything of this mode is here, by its own marker. Cheap, never writes."""
+
+    def prepare(self, before: Mapping[str, int] = NO_SETTINGS) -> tuple[str, ...]:
         """Make what the mode needs (modules, devices, tables, sysctls); writes nothing that is there already.
 
-        Returns what could not be had and does not stop the mode, in words.
+        `before`: sysctls as they were before another mode of ours that is still here; of those that this mode wants too
+        they are noted as if it had found them so. Returns what could not be had and does not stop the mode, in words.
         """
+
+    def settings(self) -> dict[str, int]:
+        """Sysctls as they were before us, as far as they had to change; the kernel keeps these notes."""
 
     def observe(self, only: Collection[VirtualAddress] | None = None) -> State:
         """What the kernel holds of ours; with `only`, as far as those virtual addresses go. Never writes."""
@@ -135,8 +147,14 @@ class Backend(Protocol):
     def disturbed(self) -> bool:
         """Read the monitors: True when somebody else touched what is ours, or events were lost."""
 
-    def remove(self) -> None:
-        """Take away everything of ours, also leftovers of an earlier agent; fine when there is nothing."""
+    def text(self, language: str) -> str | None:
+        """What the kernel holds of ours as input of a tool ("nft", "iptables"); None: not this mode's language."""
+
+    def remove(self, leave: Collection[str] = ()) -> None:
+        """Take away everything of ours, also leftovers of an earlier agent; fine when there is nothing.
+
+        Sysctls are put back, without those named in `leave`, which another mode of ours needs.
+        """
 
     def close(self) -> None:
         """Give descriptors back; the kernel keeps what was programmed."""
@@ -159,10 +177,26 @@ PLANNED: tuple[str, ...] = ()
 
 def open_backend(mode: str, options: Options | None = None) -> Backend:
     """The backend of a mode, in the calling thread's network namespace."""
+    backend: Backend = _module(mode).open_backend(options or Options())
+    return backend
+
+
+def open_leftover(mode: str, options: Options | None = None) -> Backend:
+    """The same for what an earlier agent left: where it bound VIPs and which tools it used is seen, not told."""
+    backend: Backend = _module(mode).open_leftover(options or Options())
+    return backend
+
+
+def open_beside(mode: str, options: Options | None = None) -> Backend | None:
+    """The same mode as an earlier agent left it in another place than these options say; None = it did not."""
+    opener = getattr(_module(mode), "open_beside", None)
+    beside: Backend | None = opener(options or Options()) if opener else None
+    return beside
+
+
+def _module(mode: str) -> Any:
     if mode not in MODES:
         if mode in PLANNED:
             raise UsageError(f"mode {mode} is not there yet in this version; modes: {', '.join(MODES)}")
         raise UsageError(f"no mode {mode!r}; modes: {', '.join(MODES)}")
-    module = importlib.import_module(MODES[mode].module)
-    backend: Backend = module.open_backend(options or Options())
-    return backend
+    return importlib.import_module(MODES[mode].module)

@@ -348,6 +348,8 @@ class Desired:
         self._drains: dict[VirtualAddress, int] = {}
         self._refused: dict[ObjectName, tuple[Address, ...]] = {}
         self._health: dict[ObjectName, HealthCheck] = {}
+        self._scattered: set[ObjectName] = set()
+        self._news: list[ObjectName] = []
 
     def update(self, update: Update) -> set[VirtualAddress]:
         """Take in what a source delivered; returns the virtual addresses whose server may have changed."""
@@ -405,6 +407,12 @@ class Desired:
     def health_checks(self) -> dict[ObjectName, "HealthCheck"]:
         """The health check node ports of Services with externalTrafficPolicy Local."""
         return self._health
+
+    def newly_scattered(self) -> list[ObjectName]:
+        """Services with affinity that may have several addresses, each told once: not every mode remembers a client for
+        all of them together."""
+        news, self._news = self._news, []
+        return news
 
     def no_local_endpoints(self) -> tuple[int, int]:
         """Service ports whose traffic is dropped since no endpoint is on this node: internal, external policy."""
@@ -471,6 +479,11 @@ class Desired:
             refused = tuple(each for each in service.external_ips if not self.rules.may_claim(each))
             if refused:
                 self._refused[name] = refused
+        if not service.affinity_seconds or not _external(service):
+            self._scattered.discard(name)
+        elif name not in self._scattered:
+            self._scattered.add(name)
+            self._news.append(name)
         if service.health_check_node_port:
             self._health[name] = HealthCheck(service.health_check_node_port, *local_ready(view, self.rules.node_name))
 

@@ -24,7 +24,9 @@ class DrainKey(NamedTuple):
 class Drains:
     """The clocks of all draining real servers; deadlines in seconds of the caller's monotonic clock."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, udp: bool = False) -> None:
+        self._udp = udp
+        """UDP may finish as well: what leaves is not a real server that has gone, but the mode that leads to it."""
         self.deadlines: dict[DrainKey, float] = {}
         self.changed: set[DrainKey] = set()
         """Clocks that started or ended since the one who keeps a copy of them emptied this."""
@@ -70,7 +72,7 @@ class Drains:
         return kept
 
     def _may_stay(self, key: DrainKey, seconds: int, now: float) -> bool:
-        if key in self._finished or key.at.protocol == Protocol.UDP or seconds <= 0:
+        if key in self._finished or (key.at.protocol == Protocol.UDP and not self._udp) or seconds <= 0:
             self.forget(key)
             return False
         deadline = self.deadlines.get(key)

@@ -16,35 +16,29 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 
+import msgspec
 from msgspec import Struct
 
-from .backend import Options, Outcome, RealCounters, ServerReport, Transaction
+from .backend import NO_SETTINGS, Options, Outcome, RealCounters, ServerReport, Transaction
 from .drain import DrainKey
 from .errors import KernelError, PreflightError, ToolError
 from .iptables_books import Books, Script, Wanted
-from .iptables_text import (
-    JUMPS,
-    MARKER,
-    SERVICES,
-    Form,
-    Table,
-    chain_name,
-    express,
-    fixed,
-    marker,
-    same_rule,
-    same_rules,
-)
+from .iptables_chains import express
+from .iptables_save import Table, same_rule, same_rules
+from .iptables_text import JUMPS, MARKER, Form, chain_name, fixed, marker
 from .model import Address, Family, VirtualAddress, VirtualServer, family_of
 from .plan import Plan, State
 from .procfs_sysctl import Change, apply, check, restore, running_kernel
 from .procfs_sysctl import Wanted as WantedSysctl
-from .run_iptables import Tools, legacy_tables
+from .run_iptables import Tools, has_legacy_tables
 
 CULPRITS = 32
 """Refused objects that one commit looks for; what is left then fails with them and is tried again."""
 LOOK_SECONDS = 0.1
 """A look that `intact` took serves the `observe` right behind it."""
+
+SCHEDULER = "random"
+"""What `statistic --mode random` does, for people."""
 
 SYSCTLS = (WantedSysctl("net.ipv4.ip_forward", 1, "packets to a VIP leave for real servers on other machines"),)
 _NOTE = re.compile(r'^-m comment --comment "([a-z0-9_.]+) was (\d+)"$')
@@ -54,6 +48,26 @@ _LINE = re.compile(r"(?:occurred at line: |line )(\d+)\b")
 def open_backend(options: Options) -> "IptablesBackend":
     """The backend in the calling thread's network namespace."""
     return IptablesBackend(options)
+
+
+def open_leftover(options: Options) -> "IptablesBackend":
+    """The same with the programs in whose tables our chains are."""
+    opened = IptablesBackend(options)
+    found = [tools.flavour for tools in opened._all_tools() if tools.owned()]
+    if not found or opened.flavour in found:
+        return opened
+    return IptablesBackend(msgspec.structs.replace(options, iptables_tool=found[0]))
+
+
+def open_beside(options: Options) -> "IptablesBackend | None":
+    """What is ours in the tables of the back end that is not used; None = nothing."""
+    used = IptablesBackend(options)
+    found = [tools.flavour for tools in used._all_tools()[len(used._tools) :] if tools.owned()]
+    if not found:
+        return None
+    beside = IptablesBackend(msgspec.structs.replace(options, iptables_tool=found[0]), alone=True)
+    beside.mode = f"iptables ({found[0]})"
+    return beside
 
 
 class IptablesTransaction(Struct, frozen=True):
@@ -74,9 +88,19 @@ class IptablesBackend:
 
     mode = "iptables"
     drains = False
+    shares_affinity = True
 
-    def __init__(self, options: Options, clock: Callable[[], float] = time.monotonic) -> None:
-        self._form = Form(options.iptables_compat == "classic", options.masquerade_all, options.cluster_cidrs)
+    def __init__(self, options: Options, clock: Callable[[], float] = time.monotonic, *, alone: bool = False) -> None:
+        self._alone = alone
+        """The other back end's tables are somebody else's business."""
+        self._form = Form(
+            options.iptables_compat == "classic",
+            options.masquerade_all,
+            options.cluster_cidrs,
+            options.bridge_interface,
+            options.interface_prefix,
+            options.service_cidrs,
+        )
         self._clock = clock
         families = (Family.IPV4, *([Family.IPV6] if Path("/proc/sys/net/ipv6").exists() else []))
         self._tools = {family: Tools(family, options.iptables_tool) for family in families}
@@ -100,7 +124,11 @@ class IptablesBackend:
         """Weights are expressed, by probabilities; schedulers, thresholds and a VIP on this node are not."""
         return express(self._form, server)
 
-    def prepare(self) -> tuple[str, ...]:
+    def present(self) -> bool:
+        """Our marker is in a table of either back end."""
+        return any(tools.owned() for tools in self._all_tools())
+
+    def prepare(self, before: Mapping[str, int] = NO_SETTINGS) -> tuple[str, ...]:
         """Marker, fixed chains, jumps and sysctls; chains that are not tidy are written anew."""
         lacks = []
         lacking = [one for one in check(SYSCTLS, running_kernel()) if one.error and one.before is not None]
@@ -110,8 +138,9 @@ class IptablesBackend:
                 self._refuse_foreign(tables.get(name, Table()), name, tools)
             if family is Family.IPV4:
                 # noted before it changes, so that `remove` can put it back whoever runs it
-                before = {one.name: one.before for one in lacking if one.before is not None}
-                self._before = before | self._before | _settings(tables)
+                found = {one.name: one.before for one in lacking if one.before is not None}
+                found |= {one.name: before[one.name] for one in SYSCTLS if one.name in before}
+                self._before = found | self._before | _settings(tables)
             try:
                 self._repair(family, tables)
             except ToolError as error:
@@ -123,6 +152,14 @@ class IptablesBackend:
         lacks += [str(one) for one in apply(SYSCTLS, running_kernel()) if one.error]
         return (*lacks, *self._other_flavour())
 
+    def settings(self) -> dict[str, int]:
+        """Noted in the marker chain."""
+        noted: dict[str, int] = {}
+        for tools in self._all_tools():
+            if tools.owned():
+                noted |= _settings(tools.save())
+        return noted
+
     def observe(self, only: Collection[VirtualAddress] | None = None) -> State:
         """What the tables hold of ours; nothing, where they have no marker of ours."""
         looked, self._looked = self._looked, None
@@ -131,7 +168,7 @@ class IptablesBackend:
         else:
             self._books = {family: self._read(family, tools.save()) for family, tools in self._tools.items()}
         held = (one for books in self._books.values() for one in books.held.values())
-        return State(one.server for one in held if only is None or one.server.at in only)
+        return State(one for one in held if only is None or one.at in only)
 
     def suspects(self, held: State) -> set[VirtualAddress] | None:
         """Cannot tell: `intact` has read everything already, and `observe` right behind it costs nothing."""
@@ -142,7 +179,7 @@ class IptablesBackend:
         wanted: dict[Family, list[tuple[VirtualAddress, VirtualServer | None]]] = {}
         unsure = set()
         for server in plan.add:
-            if self._holds(server.at):
+            if self._book(server.at).holds(server.at):
                 unsure.add(server.at)
             else:
                 wanted.setdefault(family_of(server.at.address), []).append((server.at, self.express(server)))
@@ -204,17 +241,23 @@ class IptablesBackend:
         return {}
 
     def report(self) -> Iterator[ServerReport]:
-        """Our servers, with the connections that the DNAT rule of each endpoint has counted."""
+        """Our servers, with the connections that the DNAT rule of each endpoint has counted.
+
+        All addresses of a ServicePort share its endpoints' chains: the first of them, its cluster IP where it has one,
+        tells the counts of all, and the others cannot tell theirs (-1).
+        """
         for family in self._tools:
             books, hits = self._counted(family)
-            for at, held in sorted(books.held.items()):
+            counts = _told_once(books, hits)
+            counts.update((at, {}) for at in books.damage)
+            for at, count in sorted(counts.items()):
+                server = books.held[at]
                 rows = tuple(
-                    (real, RealCounters(0, 0, hits.get(chain_name("SEP", f"{held.seed}{real}"), 0)))
-                    for real in held.server.real_servers
+                    (real, RealCounters(0, 0, count.get((real.address, real.port), -1))) for real in server.real_servers
                 )
-                yield ServerReport(
-                    held.server, 0, sum(counters.connections for _, counters in rows), rows, at in books.held
-                )
+                known = sum(counters.connections for _, counters in rows if counters.connections >= 0)
+                shown = server if at in books.damage else msgspec.structs.replace(server, scheduler=SCHEDULER)
+                yield ServerReport(shown, 0, known, rows, True)
 
     def monitors(self) -> tuple[int, ...]:
         """None: legacy tables tell nobody of changes; the agent's timer looks."""
@@ -224,9 +267,16 @@ class IptablesBackend:
         """Not told."""
         return False
 
-    def remove(self) -> None:
+    def text(self, language: str) -> str | None:
+        """Our chains and the jumps to them, as iptables-save prints them."""
+        if language != "iptables":
+            return None
+        texts = ((tools.command, _restorable(tools.save())) for tools in self._tools.values())
+        return "".join(f"# {command}\n{text}" for command, text in texts if text)
+
+    def remove(self, leave: Collection[str] = ()) -> None:
         """Our jumps and chains go, sysctls get back what the marker chain remembers."""
-        ours = {one.name: one.value for one in SYSCTLS}
+        ours = {one.name: one.value for one in SYSCTLS if one.name not in leave}
         for tools in self._all_tools():
             try:
                 tables = tools.save()
@@ -267,8 +317,7 @@ class IptablesBackend:
             if not same_rules(tables.get(name, Table()).chains.get(MARKER, ()), rules):
                 lines = [f"*{name}", f":{MARKER} - [0:0]", *(f"-A {MARKER} {rule}" for rule in rules), "COMMIT"]
                 text.append("\n".join(lines) + "\n")
-        tidy = books.tidy and not books.orphans and SERVICES in tables.get("nat", Table()).chains
-        if not tidy:
+        if not books.tidy or books.orphans:
             text.append("\n".join(books.compose((), whole=True).lines) + "\n")
         for name in ("filter", "nat"):
             table = tables.get(name, Table())
@@ -276,10 +325,11 @@ class IptablesBackend:
             for chain, rules in wanted[name].items():
                 if chain not in table.chains or not same_rules(table.chains[chain], rules):
                     lines += [f":{chain} - [0:0]", *(f"-A {chain} {rule}" for rule in rules)]
-            standing = {chain for chain, _ in table.jumps}
-            for chain, rule in JUMPS[name]:
-                if chain not in standing or not any(at == chain and same_rule(one, rule) for at, one in table.jumps):
-                    lines.append(f"-I {chain} {rule}")
+            for chain, jumps in JUMPS[name].items():
+                standing = [rule for at, rule in table.jumps if at == chain and _ours(rule, jumps)]
+                if not same_rules(standing, jumps):
+                    lines += [f"-D {chain} {rule}" for rule in standing]
+                    lines += [f"-I {chain} {rule}" for rule in reversed(jumps)]
             if lines:
                 text.append("\n".join([f"*{name}", *lines, "COMMIT"]) + "\n")
         return "".join(text)
@@ -303,7 +353,8 @@ class IptablesBackend:
         """Chains of ours among the tables of the other back end would take packets twice."""
         for tools in self._all_tools()[len(self._tools) :]:
             with contextlib.suppress(PreflightError, ToolError):
-                chains = sorted(chain for table in tools.save().values() for chain in table.ours())
+                tables = tools.save().values()  # those with our marker are let go by the switch
+                chains = sorted(chain for table in tables if not table.owned for chain in table.ours())
                 if chains:
                     told = f"iptables here is {self.flavour}, and {tools.prefix} has chains of Services too"
                     return (f"{told} ({', '.join(chains[:3])}): packets meet both; remove those",)
@@ -311,10 +362,12 @@ class IptablesBackend:
 
     def _all_tools(self) -> list[Tools]:
         """Those of this back end, then of the other one, as far as it has tables."""
+        if self._alone:
+            return list(self._tools.values())
         other = "legacy" if self.flavour == "nft" else "nft"
         return [
             *self._tools.values(),
-            *(Tools(family, other) for family in self._tools if other == "nft" or "nat" in legacy_tables(family)),
+            *(Tools(family, other) for family in self._tools if other == "nft" or has_legacy_tables(family)),
         ]
 
     # ------------------------------------------------------------------------------------------------- looking
@@ -333,10 +386,6 @@ class IptablesBackend:
 
     def _book(self, at: VirtualAddress) -> Books:
         return self._book_of(family_of(at.address))
-
-    def _holds(self, at: VirtualAddress) -> bool:
-        held = self._book(at).held.get(at)
-        return held is not None and not held.damaged
 
     def _counted(self, family: Family) -> tuple[Books, dict[str, int]]:
         """Connections by endpoint chain, which never fall: neither by somebody's `-Z` nor by a look in between.
@@ -390,10 +439,10 @@ class IptablesBackend:
                 culprits += 1
                 for at, _ in some:
                     failed[at] = KernelError("program", str(at), errno.EINVAL, told)
-            elif blamed is not None:
+            elif blamed:
                 culprits += 1
-                failed[blamed] = KernelError("program", str(blamed), errno.EINVAL, told)
-                waiting.append([one for one in some if one[0] != blamed])
+                failed.update((at, KernelError("program", str(at), errno.EINVAL, told)) for at in blamed)
+                waiting.append([one for one in some if one[0] not in blamed])
             else:
                 middle = len(some) // 2
                 waiting += [some[middle:], some[:middle]]
@@ -410,10 +459,31 @@ class IptablesBackend:
         self._book_of(family).apply(script)
 
 
-def _blamed(told: str, script: Script) -> VirtualAddress | None:
-    """The object whose line a failed restore names."""
+def _blamed(told: str, script: Script) -> tuple[VirtualAddress, ...]:
+    """The objects whose line a failed restore names."""
     found = _LINE.search(told)
-    return script.whose(int(found[1])) if found else None
+    return script.whose(int(found[1])) if found else ()
+
+
+def _ours(rule: str, jumps: Collection[str]) -> bool:
+    """Whether a rule of a built-in chain is one that we put there."""
+    return any(same_rule(rule, one) for one in jumps)
+
+
+def _told_once(books: Books, hits: Mapping[str, int]) -> dict[VirtualAddress, dict[tuple[Address, int], int]]:
+    """What the KUBE-SEP chains have counted, told once each, by virtual address and endpoint."""
+    counts: dict[VirtualAddress, dict[tuple[Address, int], int]] = {}
+    for sites in books.sites():
+        told = set()
+        for site in sorted(sites, key=lambda one: not one.plain):
+            for server in filter(None, (site.outside, site.inside)):
+                mine = counts.setdefault(server.at, {})
+                for real in server.real_servers:
+                    name = chain_name("SEP", f"{site.seed}{real}")
+                    if name not in told:
+                        told.add(name)
+                        mine[real.address, real.port] = hits.get(name, 0)
+    return counts
 
 
 def _settings(tables: Mapping[str, Table]) -> dict[str, int]:
@@ -422,16 +492,25 @@ def _settings(tables: Mapping[str, Table]) -> dict[str, int]:
     return {note[1]: int(note[2]) for note in notes if note}
 
 
+def _restorable(tables: Mapping[str, Table]) -> str:
+    """What of tables is ours, as text for `iptables-restore --noflush`."""
+    lines: list[str] = []
+    for name, table in tables.items():
+        if table.owned:
+            ours = table.ours()
+            lines += [f"*{name}", *(f":{chain} - [0:0]" for chain in ours)]
+            lines += [f"-A {chain} {rule}" for chain, rule in table.jumps if _ours(rule, JUMPS[name].get(chain, ()))]
+            lines += [f"-A {chain} {rule}" for chain in ours for rule in table.chains[chain]]
+            lines.append("COMMIT")
+    return "".join(line + "\n" for line in lines)
+
+
 def _removal(name: str, table: Table) -> str:
     """The text that takes our chains out of a table; one that somebody else jumps to is only emptied."""
     ours = table.ours()
-    mine = {
-        (chain, one) for chain, one in table.jumps for at, rule in JUMPS[name] if at == chain and same_rule(one, rule)
-    }
+    mine = [(chain, rule) for chain, rule in table.jumps if _ours(rule, JUMPS[name].get(chain, ()))]
     lines = [f"*{name}", *(f":{chain} - [0:0]" for chain in ours)]
-    lines += [
-        f"-D {chain} {rule}" for chain, rule in JUMPS[name] for at, one in mine if at == chain and same_rule(one, rule)
-    ]
+    lines += [f"-D {chain} {rule}" for chain, rule in mine]
     used = " ".join(rule for chain, rule in table.jumps if (chain, rule) not in mine) + " "
     used += " ".join(rule for chain, rules in table.chains.items() if chain not in ours for rule in rules) + " "
     lines += [f"-X {chain}" for chain in ours if f"-j {chain} " not in used and f"-g {chain} " not in used]

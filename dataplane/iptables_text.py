@@ -1,6 +1,8 @@
-"""iptables rules as text: chain names, the rules of one virtual server, and the fixed chains around them. Pure.
+"""iptables rules as text: names of chains, phrases of rules, and the fixed chains around the Services. Pure.
 
-    KUBE-SERVICES ──portal──▶ KUBE-SVC-hash ──statistic──▶ KUBE-SEP-hash: mark a hairpin, DNAT
+    KUBE-SERVICES ─┬────────cluster IP────────▶ KUBE-SVC-hash ──statistic──▶ KUBE-SEP-hash: mark a hairpin, DNAT
+                   ├─external IPs─▶ KUBE-EXT-hash: who is masqueraded, who gets which ─▶ KUBE-SVC-hash, KUBE-SVL-hash
+    KUBE-NODEPORTS ┘
 
 Two forms: `classic` is what kubernetes.io's "Debug Services" and the tutorials show (kube-proxy up to about 1.8: a
 colon behind every Service's name, five digits of probability, MARK in KUBE-SEP), `current` what kube-proxy 1.36 writes
@@ -12,44 +14,48 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from hashlib import sha256
-from typing import NamedTuple
 
-import msgspec
 from msgspec import Struct
 
-from .model import (
-    Family,
-    Forwarding,
-    Masquerade,
-    Network,
-    NoServers,
-    Protocol,
-    RealServer,
-    VirtualAddress,
-    VirtualServer,
-    family_of,
-    format_address,
-    format_endpoint,
-)
+from .model import Family, Kind, Network, Protocol, RealServer, VirtualAddress, family_of, format_address
+from .model import format_endpoint as _endpoint
 
-SERVICES, CLUSTER_IPS = "KUBE-SERVICES", "KUBE-CLUSTER-IPS"
+SERVICES, NODEPORTS = "KUBE-SERVICES", "KUBE-NODEPORTS"
+FIREWALL, EXTERNAL_SERVICES, CLUSTER_IPS = "KUBE-PROXY-FIREWALL", "KUBE-EXTERNAL-SERVICES", "KUBE-CLUSTER-IPS"
 MARK_MASQ, MARK_CLIENTS, POSTROUTING = "KUBE-MARK-MASQ", "KUBE-MARK-CLIENTS", "KUBE-POSTROUTING"
 MARKER = "KUBE-DATAPLANE"
 """The chain that says whose the others are: never jumped to, in each table of ours. kube-proxy has no such chain."""
 OWNED = '-m comment --comment "dataplane owns the chains of Services in this table"'
-FIXED_CHAINS = frozenset((SERVICES, CLUSTER_IPS, MARK_MASQ, MARK_CLIENTS, POSTROUTING, MARKER))
-SERVICE_CHAIN = re.compile(r"KUBE-(?:SVC|SEP)-[A-Z2-7]{16}")
+SHARED: dict[str, tuple[str, ...]] = {"filter": (FIREWALL, EXTERNAL_SERVICES, SERVICES), "nat": (SERVICES, NODEPORTS)}
+"""Chains in which every Service has its rules, by table."""
+FIXED_CHAINS = frozenset((*SHARED["filter"], *SHARED["nat"], CLUSTER_IPS, MARK_MASQ, MARK_CLIENTS, POSTROUTING, MARKER))
+SERVICE_CHAIN = re.compile(r"KUBE-(?:SVC|SVL|EXT|FW|SEP)-[A-Z2-7]{16}")
 MARK = "0x4000"
 """Bit 14, kube-proxy's --iptables-masquerade-bit."""
 PORTALS = '-m comment --comment "kubernetes service portals" -j KUBE-SERVICES'
-CLOSED = f'-m conntrack ! --ctstate DNAT -m comment --comment "closed ports of cluster IPs" -j {CLUSTER_IPS}'
-"""Last rule of KUBE-SERVICES in filter: what the nat table sent to an endpoint does not walk through the VIPs."""
+LAST: dict[tuple[str, str], str] = {
+    ("nat", SERVICES): (
+        '-m comment --comment "kubernetes service nodeports; NOTE: this must be the last rule in this chain" '
+        f"-m addrtype --dst-type LOCAL -j {NODEPORTS}"
+    ),
+    # what the nat table sent to an endpoint does not walk through the VIPs
+    ("filter", SERVICES): (
+        f'-m conntrack ! --ctstate DNAT -m comment --comment "closed ports of cluster IPs" -j {CLUSTER_IPS}'
+    ),
+}
+"""The rule at the end of a shared chain."""
 
 _LABEL = re.compile(r"[A-Za-z0-9._-]{1,63}/[A-Za-z0-9._-]{1,63}(?::[A-Za-z0-9._-]{1,63})?")
-_DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ234567"  # RFC 4648
-_PROTOCOLS = {int(one): one.name.lower() for one in Protocol}
-DAMAGED = "damaged"
-"""Scheduler of a server whose chains are not as they should be: no wanted server is equal to it."""
+PROTOCOLS = {int(one): one.name.lower() for one in Protocol}
+PORTAL_WORDS = {
+    Kind.CLUSTER_IP: " cluster IP",
+    Kind.EXTERNAL_IP: " external IP",
+    Kind.LOAD_BALANCER: " loadbalancer IP",
+    Kind.NODE_PORT: "",
+}
+"""What stands behind the Service's name in the comment of a rule that leads to it (kube-proxy's words)."""
+REFUSAL_WORDS = PORTAL_WORDS | {Kind.CLUSTER_IP: "", Kind.NODE_PORT: " node port"}
+"""The same in front of `has no endpoints`: kube-proxy has no such words; here they tell the kind back."""
 
 Rules = tuple[str, ...]
 Chains = dict[str, Rules]
@@ -57,15 +63,31 @@ Chains = dict[str, Rules]
 
 
 class Form(Struct, frozen=True):
-    """How rules are written: the options that show in their text."""
+    """How rules are written: the options that show in their text.
+
+    Who is a client inside the cluster: `clusters`, `bridge`, `prefix` (see backend.Options). `services`: where cluster
+    IPs come from.
+    """
 
     classic: bool = True
     everyone: bool = False
     clusters: tuple[Network, ...] = ()
+    bridge: str = ""
+    prefix: str = ""
+    services: tuple[Network, ...] = ()
 
-    def clients(self, family: Family) -> list[Network]:
-        """The pod ranges of a family."""
-        return [each for each in self.clusters if family_of(each.address) == family]
+    @property
+    def tells(self) -> bool:
+        """Some clients of cluster IPs may have to be masqueraded."""
+        return bool(self.everyone or self.clusters or self.bridge or self.prefix)
+
+    def insiders(self, family: Family) -> list[str]:
+        """The matches of clients inside the cluster, one for each way to tell them."""
+        found = [f"-s {each}" for each in self.clusters if family_of(each.address) == family]
+        found += [f"-i {self.bridge}"] if self.bridge else []
+        # a name of 15 characters is a whole one (IFNAMSIZ), and iptables refuses a wildcard behind it
+        found += [f"-i {self.prefix + '+' if len(self.prefix) < 15 else self.prefix}"] if self.prefix else []
+        return found
 
 
 # ------------------------------------------------------------------------------------------------------- names
@@ -80,7 +102,7 @@ def service_text(form: Form, at: VirtualAddress, label: str) -> str:
     """What comments call a virtual server: its Service port's name, or where it is when it has none."""
     label = plain_label(label)
     if not label:
-        return f"{format_endpoint(at.address, at.port)}/{_PROTOCOLS[at.protocol]}"
+        return f"{_endpoint(at.address, at.port)}/{PROTOCOLS[at.protocol]}"
     return label + ":" if form.classic and ":" not in label else label
 
 
@@ -91,10 +113,14 @@ def label_of(form: Form, at: VirtualAddress, text: str) -> str | None:
     return label if service_text(form, at, label) == text else None
 
 
-def seeds(form: Form, at: VirtualAddress, text: str) -> tuple[str, str]:
-    """What the chains' names are hashes of: kube-proxy's, and one for when another server has these names already."""
-    usual = text + _PROTOCOLS[at.protocol]
-    return usual, f"{usual}@{format_endpoint(at.address, at.port)}"
+def own_seed(usual: str, at: VirtualAddress) -> str:
+    """The seed of an address that cannot share its ServicePort's chains."""
+    return f"{usual}@{_endpoint(at.address, at.port)}"
+
+
+_DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ234567"  # RFC 4648
+_BASE32 = [one + other for one in _DIGITS for other in _DIGITS]
+"""Two characters for every ten bits: base64.b32encode takes six times as long, and there are 40,000 names to make."""
 
 
 def chain_name(kind: str, seed: str) -> str:
@@ -107,92 +133,29 @@ def chain_name(kind: str, seed: str) -> str:
     )
 
 
-_BASE32 = [one + other for one in _DIGITS for other in _DIGITS]
-"""Two characters for every ten bits: base64.b32encode takes six times as long, and there are 40,000 names to make."""
+# ----------------------------------------------------------------------------------------------------- phrases
 
 
-# -------------------------------------------------------------------------------------------------- one server
+def to_address(at: VirtualAddress, text: str, *, source: str = "", device: str = "") -> str:
+    """The matches of a rule for one VIP and port, with a comment; `source` and `device` are further ones (or "")."""
+    protocol = PROTOCOLS[at.protocol]
+    head = f"{source}{' ' * bool(source)}-d {single(at.address)} {device}{' ' * bool(device)}"
+    return f'{head}-p {protocol} -m comment --comment "{text}" -m {protocol} --dport {at.port}'
 
 
-class Rendered(NamedTuple):
-    """A virtual server in rules. `portal`: its rule in KUBE-SERVICES of nat; `refusal`: that of filter; "" = none."""
-
-    portal: str
-    refusal: str
-    chains: Chains
+def single(address: bytes) -> str:
+    """An address as a range of one."""
+    return f"{format_address(address)}/{8 * len(address)}"
 
 
-def express(form: Form, server: VirtualServer) -> VirtualServer:
-    """The server as rules can hold it and tell it back: what rules have no way to say takes its default."""
-    reals = server.real_servers
-    if any(
-        real.local or real.forwarding is not Forwarding.MASQ or real.upper_threshold or real.lower_threshold
-        for real in reals
-    ):
-        reals = tuple(RealServer(real.address, real.port, real.weight) for real in reals)
-    masquerade = server.masquerade if reals else Masquerade.DETECT
-    if masquerade is not Masquerade.DETECT and _client_rule(form, server, masquerade) == _client_rule(
-        form, server, Masquerade.DETECT
-    ):
-        masquerade = Masquerade.DETECT
-    return VirtualServer(
-        server.at,
-        reals,
-        persistence=server.persistence if any(real.weight for real in reals) else 0,
-        masquerade=masquerade,
-        no_servers=NoServers.REJECT if reals else server.no_servers,
-        bound=False,
-        label=plain_label(server.label),
-    )
+def comment(text: str) -> str:
+    """A comment match."""
+    return f'-m comment --comment "{text}"'
 
 
-def render(form: Form, server: VirtualServer, seed: str) -> Rendered:
-    """Every rule of one virtual server, as iptables-save prints them."""
-    at = server.at
-    text = service_text(form, at, server.label)
-    if not server.real_servers:
-        return Rendered("", refusal(form, server), {})
-    svc = chain_name("SVC", seed)
-    clients = _client_rule(form, server, server.masquerade)
-    balance = [clients] if clients else []
-    chains: Chains = {svc: ()}
-    ends = [str(real) for real in server.real_servers]
-    seps = [chain_name("SEP", f"{seed}{end}") for end in ends]
-    remember = ""
-    mask, width = ("255.255.255.255", 32) if len(at.address) == 4 else ("ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff", 128)
-    if server.persistence:
-        for real, end, sep in zip(server.real_servers, ends, seps, strict=True):
-            if real.weight:
-                balance.append(
-                    f"{_comment(_arrow(form, text, real, end))} -m recent --rcheck --seconds {server.persistence} "
-                    f"--reap --name {sep} --mask {mask} --rsource -j {sep}"
-                )
-    comment = _comment(text)
-    protocol = _PROTOCOLS[at.protocol]
-    to = f" -m {protocol} -j DNAT --to-destination "
-    hairpin = f"/{width} {comment} -j " + (f"MARK --set-xmark {MARK}/{MARK}" if form.classic else MARK_MASQ)
-    for real, end, sep, share in zip(server.real_servers, ends, seps, shares(form, server.real_servers), strict=True):
-        balance.append(f"{_comment(_arrow(form, text, real, end))}{share} -j {sep}")
-        if server.persistence and real.weight:
-            remember = f" -m recent --set --name {sep} --mask {mask} --rsource"
-        host = end[: end.rindex(":")].strip("[]")
-        chains[sep] = (f"-s {host}{hairpin}", f"-p {protocol} {comment}{remember}{to}{end}")
-    chains[svc] = tuple(balance)
-    return Rendered(portal(form, server, svc), "", chains)
-
-
-def portal(form: Form, server: VirtualServer, svc: str) -> str:
-    """The rule that leads a VIP's packets to their chain."""
-    return f"{_to(server.at, f'{service_text(form, server.at, server.label)} cluster IP')} -j {svc}"
-
-
-def refusal(form: Form, server: VirtualServer) -> str:
-    """The rule for a server without real servers."""
-    at = server.at
-    text = service_text(form, at, server.label)
-    if server.no_servers is NoServers.DROP:
-        return f"{_to(at, f'{text} has no local endpoints')} -j DROP"
-    return f"{_to(at, f'{text} has no endpoints')} -j REJECT --reject-with {_unreachable(at.address)}"
+def reject(address: bytes) -> str:
+    """The target that refuses packets to an address at once."""
+    return "REJECT --reject-with " + ("icmp-port-unreachable" if len(address) == 4 else "icmp6-port-unreachable")
 
 
 def shares(form: Form, reals: Sequence[RealServer]) -> Sequence[str]:
@@ -225,55 +188,23 @@ def probability(share: float, digits: int) -> str:
     return f"-m statistic --mode random --probability {round(float(f'{share:.{digits}f}') * 2**31) / 2**31:.11f}"
 
 
+# ------------------------------------------------------------------------------------------------- fixed chains
+
+
 def closed_ports(address: bytes) -> str:
     """The rule of KUBE-CLUSTER-IPS that refuses what no Service of a VIP takes, ping included."""
-    return f"-d {_single(address)} -j REJECT --reject-with {_unreachable(address)}"
+    return f"-d {single(address)} -j {reject(address)}"
 
 
-def _unreachable(address: bytes) -> str:
-    return "icmp-port-unreachable" if len(address) == 4 else "icmp6-port-unreachable"
-
-
-def _arrow(form: Form, text: str, real: RealServer, end: str) -> str:
-    weight = f" weight {real.weight}" if real.weight != 1 else ""
-    return text + weight if form.classic else f"{text} -> {end}{weight}"
-
-
-def _client_rule(form: Form, server: VirtualServer, masquerade: Masquerade) -> str:
-    """The rule that marks clients to be masqueraded; "" = nobody is."""
-    everyone = masquerade is Masquerade.ALWAYS or form.everyone
-    if not everyone and not form.clusters:
-        return ""
-    clusters = form.clients(family_of(server.at.address))
-    if masquerade is Masquerade.NODE or not (everyone or clusters):
-        return ""
-    rule = _to(server.at, f"{service_text(form, server.at, server.label)} cluster IP")
-    if everyone:
-        return f"{rule} -j {MARK_MASQ}"
-    if len(clusters) == 1:
-        return f"! -s {clusters[0]} {rule} -j {MARK_MASQ}"
-    return f"{rule} -j {MARK_CLIENTS}"
-
-
-def _to(at: VirtualAddress, comment: str) -> str:
-    protocol = _PROTOCOLS[at.protocol]
-    return f"-d {_single(at.address)} -p {protocol} {_comment(comment)} -m {protocol} --dport {at.port}"
-
-
-def _single(address: bytes) -> str:
-    return f"{format_address(address)}/{8 * len(address)}"
-
-
-def _comment(text: str) -> str:
-    return f'-m comment --comment "{text}"'
-
-
-# ------------------------------------------------------------------------------------------------- fixed chains
+def unallocated(form: Form, family: Family) -> Rules:
+    """The rules at the end of KUBE-CLUSTER-IPS: silence where cluster IPs come from and no Service has one."""
+    networks = [each for each in form.services if family_of(each.address) == family]
+    return tuple(f"-d {each} {comment('unallocated cluster IPs')} -j DROP" for each in networks)
 
 
 def marker(settings: Mapping[str, int]) -> Rules:
     """The rules of the marker chain: whose the table's chains are, and sysctls as they were before us."""
-    return (OWNED, *(_comment(f"{name} was {value}") for name, value in settings.items()))
+    return (OWNED, *(comment(f"{name} was {value}") for name, value in settings.items()))
 
 
 def fixed(form: Form, family: Family, *, fully_random: bool) -> dict[str, Chains]:
@@ -284,105 +215,33 @@ def fixed(form: Form, family: Family, *, fully_random: bool) -> dict[str, Chains
         POSTROUTING: (
             f"-m mark ! --mark {MARK}/{MARK} -j RETURN",
             f"-j MARK --set-xmark {MARK}/0x0",
-            f"{_comment('kubernetes service traffic requiring SNAT')} -j MASQUERADE{randomly}",
+            f"{comment('kubernetes service traffic requiring SNAT')} -j MASQUERADE{randomly}",
         ),
     }
-    clusters = form.clients(family)
-    if len(clusters) > 1:
-        nat[MARK_CLIENTS] = (*(f"-s {each} -j RETURN" for each in clusters), f"-j {MARK_MASQ}")
+    insiders = form.insiders(family)
+    if len(insiders) > 1:
+        nat[MARK_CLIENTS] = (*(f"{each} -j RETURN" for each in insiders), f"-j {MARK_MASQ}")
     return {"nat": nat, "filter": {}}
 
 
-JUMPS: dict[str, tuple[tuple[str, str], ...]] = {
-    "nat": (
-        ("PREROUTING", PORTALS),
-        ("OUTPUT", PORTALS),
-        ("POSTROUTING", f'-m comment --comment "kubernetes postrouting rules" -j {POSTROUTING}'),
-    ),
-    "filter": (
-        ("FORWARD", f"-m conntrack --ctstate NEW {PORTALS}"),
-        ("OUTPUT", f"-m conntrack --ctstate NEW {PORTALS}"),
-    ),
+def _new(text: str, chain: str) -> str:
+    return f"-m conntrack --ctstate NEW {comment(text)} -j {chain}"
+
+
+_FIREWALL_JUMP = _new("kubernetes load balancer firewall", FIREWALL)
+_EXTERNAL_JUMP = _new("kubernetes externally-visible service portals", EXTERNAL_SERVICES)
+_SERVICES_JUMP = _new("kubernetes service portals", SERVICES)
+JUMPS: dict[str, dict[str, Rules]] = {
+    "nat": {
+        "PREROUTING": (PORTALS,),
+        "OUTPUT": (PORTALS,),
+        "POSTROUTING": (f"{comment('kubernetes postrouting rules')} -j {POSTROUTING}",),
+    },
+    # unlike kube-proxy's: external refusals for processes of this node, too, and before unallocated cluster IPs end all
+    "filter": {
+        "INPUT": (_FIREWALL_JUMP, _EXTERNAL_JUMP),
+        "FORWARD": (_FIREWALL_JUMP, _EXTERNAL_JUMP, _SERVICES_JUMP),
+        "OUTPUT": (_FIREWALL_JUMP, _EXTERNAL_JUMP, _SERVICES_JUMP),
+    },
 }
-"""Rules in built-in chains, put on top as kube-proxy does."""
-
-
-# ------------------------------------------------------------------------------------------------ iptables-save
-
-
-class Table(Struct):
-    """One table as iptables-save told it, as far as it concerns Services."""
-
-    chains: dict[str, list[str]] = msgspec.field(default_factory=dict)
-    """Chains named KUBE-*."""
-    jumps: list[tuple[str, str]] = msgspec.field(default_factory=list)
-    """(chain, rule) of rules in other chains that lead to one of those."""
-    hits: dict[str, int] = msgspec.field(default_factory=dict)
-    """Packets that the last rule of each KUBE-SEP chain has counted: nat sees only the first of a connection."""
-
-    @property
-    def owned(self) -> bool:
-        """Our marker stands in it."""
-        return OWNED in self.chains.get(MARKER, ())
-
-    def ours(self) -> list[str]:
-        """Chains with names that we give."""
-        return [name for name in self.chains if name in FIXED_CHAINS or SERVICE_CHAIN.fullmatch(name)]
-
-
-def parse_save(text: str) -> dict[str, Table]:
-    """What `iptables-save -c` printed, by table.
-
-    A comment may hold a newline, which iptables-save prints as it is: what follows is still the comment, however much
-    it looks like a rule.
-    """
-    tables: dict[str, Table] = {}
-    table = Table()
-    lines = iter(text.split("\n"))
-    for line in lines:
-        while '"' in line and _open_quote(line):
-            following = next(lines, None)
-            if following is None:
-                break
-            line = f"{line}\n{following}"
-        start = line[:1]
-        if start == "[":
-            counters, _, rule = line.partition(" -A ")
-            chain, _, rule = rule.partition(" ")
-            if chain.startswith("KUBE-"):
-                table.chains.setdefault(chain, []).append(rule)
-                if chain.startswith("KUBE-SEP-"):
-                    table.hits[chain] = int(counters[1:].partition(":")[0])
-            elif "-j KUBE-" in rule or "-g KUBE-" in rule:
-                table.jumps.append((chain, rule))
-        elif start == ":":
-            chain = line[1:].partition(" ")[0]
-            if chain.startswith("KUBE-"):
-                table.chains.setdefault(chain, [])
-        elif start == "*":
-            table = tables.setdefault(line[1:], Table())
-    return tables
-
-
-def _open_quote(line: str) -> bool:
-    if "\\" in line:
-        line = re.sub(r"\\.", "", line, flags=re.DOTALL)
-    return line.count('"') % 2 == 1
-
-
-_ASIDE = re.compile(r" -m \w+| --mask \S+| --rsource| --reject-with icmp6?-port-unreachable")
-
-
-def same_rule(one: str, other: str) -> bool:
-    """Two texts of one rule; versions of iptables differ in the order of matches and in the defaults they print."""
-    return one == other or _gist(one) == _gist(other)
-
-
-def _gist(rule: str) -> list[str]:
-    comments = re.findall(r'"[^"]*"', rule)
-    return sorted(_ASIDE.sub("", " " + re.sub(r'"[^"]*"', '""', rule)).split()) + comments
-
-
-def same_rules(one: Sequence[str], other: Sequence[str]) -> bool:
-    """The same rules in the same order."""
-    return len(one) == len(other) and all(map(same_rule, one, other))
+"""Rules in built-in chains, by table and chain, put on top in this order as kube-proxy does."""

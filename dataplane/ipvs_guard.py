@@ -1,36 +1,37 @@
 """The nftables table in front of IPVS (`ipvs_guard.nft`): its rules, kept intact, and its elements, kept current.
 
-IPVS forwards whatever reaches a virtual server and nothing else: refusing the other ports of a VIP, masquerading, and
+IPVS forwards whatever reaches a virtual server and nothing else: refusing the other ports of a VIP, taking in packets
+to addresses that are not the node's, telling clients inside the cluster from others, source ranges, masquerading, and
 dropping where a Service has no endpoint here are left to this table. Its sets are also our memory in the kernel: which
 IPVS servers are ours, of which Service, and how long a draining real server still has.
 
-Rules are written as one `nft -f` transaction, and only if the kernel's differ: each rule's comment ends with a hash of
-the whole text, so comparing comments compares everything. Elements travel by netlink, a whole change in one batch.
+Rules are `nft_skeleton`'s: written as one `nft -f` transaction, and only if the kernel's differ. Elements travel by
+netlink, a whole change in one batch.
 """
 
 import errno
-import hashlib
 import re
 import zlib
 from collections.abc import Iterable, Iterator
-from itertools import chain
 from pathlib import Path
-
-from msgspec import Struct, field
 
 from . import netlink_nftables as netlink
 from . import nftables_messages as nft
-from .errors import KernelError, ToolError
-from .model import Address, Masquerade, Network, Protocol, VirtualAddress, format_address
+from .errors import KernelError
+from .ipvs_ledger import Elements
+from .model import Masquerade, Protocol, VirtualAddress, between, disjoint, format_address
 from .netlink_socket import NetlinkSocket
+from .nft_clients import Clients
+from .nft_skeleton import StaticTable, render
 from .nftables_messages import owner_comment as owner_comment
-from .nlattr import u32_bytes
-from .run_tool import run_tool
+from .nftables_messages import read_owner
+from .nlattr import u32, u32_bytes
 
 TABLE = "dataplane-ipvs"
+DELIVERED, DELIVERED_MASK = 0xDA60_0000, 0xFFF0_0000
+"""The mark of packets that shall be delivered to this node, and which of its bits count (`ipvs_guard.nft`)."""
 _TEXT = Path(__file__).with_suffix(".nft")
 _SETTING = re.compile(r"([a-z0-9_.]{1,100})=(\d{1,9})")
-_INTERFACE = re.compile(r"[A-Za-z0-9_.-]{1,15}")
 
 _VERDICTS: dict[Masquerade, nft.Verdict] = {
     Masquerade.ALWAYS: nft.goto("masquerade_always"),
@@ -38,133 +39,70 @@ _VERDICTS: dict[Masquerade, nft.Verdict] = {
 }
 _MASQUERADES = {verdict: meaning for meaning, verdict in _VERDICTS.items()}
 
-_TYPES = {"ipv4_addr": nft.IPV4, "ipv6_addr": nft.IPV6, "inet_proto": nft.PROTOCOL}
-_TYPES |= {"inet_service": nft.PORT, "mark": nft.HOST32}
-_HOOKS = {"prerouting": 0, "input": 1, "forward": 2, "output": 3, "postrouting": 4}
-_PRIORITIES = {"filter": 0, "srcnat": 100}
-
-
-class GuardOptions(Struct, frozen=True):
-    """Whom DETECT masquerades: everyone, else clients that are not local by CIDR or by interface; with none of these
-    set, nobody but the node's own processes."""
-
-    masquerade_all: bool = False
-    cluster_cidrs: tuple[Network, ...] = ()
-    bridge_interface: str = ""
-    """Clients behind it are local (kube-proxy's detect-local BridgeInterface)."""
-    interface_prefix: str = ""
-    """Clients behind interfaces that begin so are local (InterfaceNamePrefix)."""
-
-    def rules(self) -> list[str]:
-        """The rules that stand for @options@."""
-        if self.masquerade_all:
-            return ['masquerade fully-random comment "everyone (masquerade all)"']
-        tests = []
-        for word, width in (("ip", 4), ("ip6", 16)):
-            cidrs = [cidr for cidr in self.cluster_cidrs if len(cidr.address) == width]
-            tests.append(" ".join(f"{word} saddr != {cidr}" for cidr in cidrs))
-        for name, pattern in ((self.bridge_interface, "{}"), (self.interface_prefix, "{}*")):
-            if name and not _INTERFACE.fullmatch(name):
-                raise ValueError(f"{name!r} is not an interface name")
-            tests.append(f'iifname != "{pattern.format(name)}"' if name else "")
-        return [f'{test} masquerade fully-random comment "a client from outside"' for test in tests if test]
-
-
-DrainKey = tuple[VirtualAddress, Address, int]
-"""A real server (address, port) of a virtual server."""
-
-
-class Elements(Struct):
-    """Contents of the table's sets, or a part of them."""
-
-    servers: dict[VirtualAddress, str] = field(default_factory=dict)
-    """IPVS servers that are ours -> owner as `namespace/name:port`, "" when it has none that fits a comment."""
-    vips: set[Address] = field(default_factory=set)
-    hairpins: set[Address] = field(default_factory=set)
-    dropped: set[VirtualAddress] = field(default_factory=set)
-    masquerade: dict[VirtualAddress, Masquerade] = field(default_factory=dict)
-    """ALWAYS and NEVER; what is not here, or DETECT, follows the options."""
-    draining: dict[DrainKey, int] = field(default_factory=dict)
-    """Seconds: given to the kernel as a timeout, and observed as what is left of it. Its being over removes it."""
-    settings: dict[str, int] = field(default_factory=dict)
-    """Sysctls that we changed -> their value before."""
-
 
 def _key(kind: str, width: int) -> tuple[nft.Field, ...]:
     address = nft.IPV4 if width == 4 else nft.IPV6
     server = (address, nft.PROTOCOL, nft.PORT)
-    if kind == "draining":
+    if kind in ("draining", "draining_inside"):
         return (*server, address, nft.PORT)
-    return {"vips": (address,), "hairpin": (address, address)}.get(kind, server)
+    return {"vips": (address,), "hairpin": (address, address), "allowed": (*server, address)}.get(kind, server)
 
 
-def _wires(kind: str) -> dict[int, nft.SetWire]:
+def _wires(kind: str, *data: nft.Field) -> dict[int, nft.SetWire]:
     """Both families' sets of one kind, by the length of their addresses."""
     return {
-        width: nft.SetWire(nft.INET, TABLE, f"{kind}{suffix}", _key(kind, width)) for width, suffix in ((4, 4), (16, 6))
+        width: nft.SetWire(nft.INET, TABLE, f"{kind}{suffix}", _key(kind, width), data)
+        for width, suffix in ((4, 4), (16, 6))
     }
 
 
 _SERVERS, _VIPS, _HAIRPIN = _wires("servers"), _wires("vips"), _wires("hairpin")
-_DROPPED, _EXCEPTIONS, _DRAINING = _wires("dropped"), _wires("exceptions"), _wires("draining")
+_EXTERNAL, _REFUSED, _DROPPED = _wires("external"), _wires("refused"), _wires("dropped")
+_INSIDE, _MARKS = _wires("inside"), _wires("inside_marks", nft.HOST32)
+_RANGED, _ALLOWED = _wires("ranged"), _wires("allowed")
+_EXCEPTIONS, _DRAINING, _DRAINING_INSIDE = _wires("exceptions"), _wires("draining"), _wires("draining_inside")
 _SETTINGS = nft.SetWire(nft.INET, TABLE, "settings", (nft.HOST32,))
+
+
+def text(clients: Clients) -> str:
+    """The table for these options."""
+    return render(_TEXT.read_text(), {**clients.rules(), **_unallocated(clients)})
+
+
+def _unallocated(clients: Clients) -> dict[str, list[str]]:
+    """@forward@, @unallocated_output@: drop what is for a cluster IP that no Service has. A bound one never gets to
+    `forward`, and where cluster IPs are not known to come from that hook is left alone."""
+    rules = clients.unallocated()
+    if not rules:
+        return {"forward": [], "unallocated_output": []}
+    ours = []
+    for suffix, word in ((4, "ip"), (6, "ip6")):
+        ours.append(f'{word} daddr @vips{suffix} accept comment "a Service has it"')
+        ours.append(f'{word} daddr . meta l4proto . th dport @servers{suffix} accept comment "on to IPVS"')
+    head = ["chain forward_unallocated {", "\ttype filter hook forward priority filter; policy accept;"]
+    return {"forward": [*head, *(f"\t{rule}" for rule in rules), "}"], "unallocated_output": [*ours, *rules]}
 
 
 class Guard:
     """The table, in the network namespace of `sock` (a NETLINK_NETFILTER socket) and of the calling thread."""
 
-    def __init__(self, sock: NetlinkSocket, options: GuardOptions) -> None:
+    def __init__(self, sock: NetlinkSocket, clients: Clients) -> None:
         self._sock = sock
-        self._text = render(options)
-        self._expected = parse(self._text)
+        self._table = StaticTable(sock, TABLE, text(clients), lambda name: False)
 
     # ------------------------------------------------------------------------------------------------------- rules
 
     def exists(self) -> bool:
         """Whether the table is there, whatever is in it."""
-        return netlink.has_table(self._sock, nft.INET, TABLE)
+        return self._table.exists()
 
     def intact(self) -> bool:
         """Whether sets, chains and rules are exactly what this version writes for these options. Starts no process."""
-        return self.exists() and self._skeleton() == self._expected
-
-    def _skeleton(self) -> "Skeleton":
-        rules: dict[str, list[str]] = {}
-        for rule in netlink.read_rules(self._sock, nft.INET, TABLE):
-            rules.setdefault(rule.chain, []).append(rule.comment)
-        shapes = netlink.read_sets(self._sock, nft.INET, TABLE)
-        return Skeleton(
-            {shape.name: (shape.key_length, shape.flags & _SHAPE_FLAGS) for shape in shapes},
-            {each.name: each for each in netlink.read_chains(self._sock, nft.INET, TABLE)},
-            rules,
-        )
+        return self._table.exists() and self._table.matches(self._table.read()[0])
 
     def ensure(self) -> bool:
-        """Write the rules unless they are intact; True if something was written.
-
-        One transaction, so that no packet ever meets half of them, and elements stay. Only where a set itself has to be
-        another one (by another version, or another's hand) the table is made anew, empty.
-        """
-        found = self._skeleton() if self.exists() else Skeleton({}, {}, {})
-        if found == self._expected:
-            return False
-        keep = [f"table inet {TABLE}", f"flush table inet {TABLE}"]
-        keep += [
-            f"delete chain inet {TABLE} {name}"
-            for name, each in found.chains.items()
-            if each != self._expected.chains.get(name) and _IDENTIFIER.fullmatch(name)
-        ]
-        if found.sets.items() <= self._expected.sets.items():
-            try:
-                run_tool(["nft", "-f", "-"], input="\n".join([*keep, self._text]))
-            except ToolError:
-                if not found.chains:
-                    raise
-            else:
-                return True
-        anew = [f"table inet {TABLE}", f"delete table inet {TABLE}", self._text]
-        run_tool(["nft", "-f", "-"], input="\n".join(anew))
-        return True
+        """Write the rules unless they are intact; True if something was written. Elements stay where they can."""
+        return self._table.ensure()
 
     def delete(self) -> None:
         """Remove the table with all that is in it; that it is not there is fine."""
@@ -180,22 +118,38 @@ class Guard:
         """All elements the kernel holds; KernelError(ENOENT) when there is no table."""
         seen = Elements()
         for (address, protocol, port), comment, *_ in self._read(_SERVERS):
-            seen.servers[VirtualAddress(protocol, address, port)] = owner_comment(comment)
+            seen.servers[VirtualAddress(protocol, address, port)] = _owner(comment)
+        for (address, protocol, port), comment, _, data, *_ in self._read(_MARKS):
+            at = VirtualAddress(protocol, address, port, True)
+            seen.servers[at] = _owner(comment)
+            if isinstance(data, bytes):
+                seen.marks[at] = u32.decode(data)
+        for wires, found in _plain(seen):
+            inside = wires is _INSIDE
+            found.update(VirtualAddress(key[1], key[0], key[2], inside) for key, *_ in self._read(wires))
         seen.vips.update(each.key[0] for each in self._read(_VIPS))
         seen.hairpins.update(each.key[0] for each in self._read(_HAIRPIN) if each.key[0] == each.key[1])
-        for (address, protocol, port), *_ in self._read(_DROPPED):
-            seen.dropped.add(VirtualAddress(protocol, address, port))
+        for (address, protocol, port, first), *_, last in self._read(_ALLOWED):
+            at = VirtualAddress(protocol, address, port)
+            ranges = between(first, last[3] if last else first)
+            seen.allowed[at] = disjoint((*seen.allowed.get(at, ()), *ranges))
         for (address, protocol, port), _, _, verdict, *_ in self._read(_EXCEPTIONS):
             # a verdict that is not ours counts as DETECT, which nobody asks for: so it differs, and is replaced
             meaning = _MASQUERADES.get(verdict, Masquerade.DETECT) if isinstance(verdict, tuple) else Masquerade.DETECT
             seen.masquerade[VirtualAddress(protocol, address, port)] = meaning
-        for (address, protocol, port, real, real_port), _, remaining, *_ in self._read(_DRAINING):
-            # one without a clock is not ours: over, or it would stay for ever
-            seen.draining[VirtualAddress(protocol, address, port), real, real_port] = -(-(remaining or 0) // 1000)
+        for wires, inside in ((_DRAINING, False), (_DRAINING_INSIDE, True)):
+            for (address, protocol, port, real, real_port), _, remaining, *_ in self._read(wires):
+                # one without a clock is not ours: over, or it would stay for ever
+                key = VirtualAddress(protocol, address, port, inside), real, real_port
+                seen.draining[key] = -(-(remaining or 0) // 1000)
         for _, comment, *_ in self._read({0: _SETTINGS}):
-            if found := _SETTING.fullmatch(comment):
-                seen.settings[found[1]] = int(found[2])
+            if found_setting := _SETTING.fullmatch(comment):
+                seen.settings[found_setting[1]] = int(found_setting[2])
         return seen
+
+    def has_external(self) -> bool:
+        """Whether some server is at an address that the node need not have."""
+        return self.exists() and any(True for _ in self._read(_EXTERNAL))
 
     def _read(self, wires: dict[int, nft.SetWire]) -> Iterator[nft.Element]:
         for wire in wires.values():
@@ -223,33 +177,63 @@ class Guard:
         return "".join(line + "\n" for line in lines)
 
 
+def _owner(comment: str) -> str:
+    """Whose something is, and nothing else that a comment may say."""
+    return owner_comment(*read_owner(comment))
+
+
 def _additions(elements: Elements) -> list[bytes]:
     packed: dict[nft.SetWire, list[bytes]] = {}
     put = packed.setdefault
-    for (protocol, address, port, _), owner in elements.servers.items():
-        wire = _SERVERS[len(address)]
-        put(wire, []).append(wire.element(address, protocol, port, comment=owner_comment(owner)))
+    for (protocol, address, port, inside), owner in elements.servers.items():
+        if not inside:
+            wire = _SERVERS[len(address)]
+            put(wire, []).append(wire.element(address, protocol, port, comment=_owner(owner)))
+    for at, mark in elements.marks.items():
+        protocol, address, port, _ = at
+        wire = _MARKS[len(address)]
+        owner = _owner(elements.servers.get(at, ""))
+        put(wire, []).append(wire.element(address, protocol, port, u32_bytes(mark), comment=owner))
     for address in elements.vips:
         wire = _VIPS[len(address)]
         put(wire, []).append(wire.element(address))
     for address in elements.hairpins:
         wire = _HAIRPIN[len(address)]
         put(wire, []).append(wire.element(address, address))
-    for protocol, address, port, _ in elements.dropped:
-        wire = _DROPPED[len(address)]
-        put(wire, []).append(wire.element(address, protocol, port))
+    for wires, keys in _plain(elements):
+        for protocol, address, port, _ in keys:
+            wire = wires[len(address)]
+            put(wire, []).append(wire.element(address, protocol, port))
     for (protocol, address, port, _), meaning in elements.masquerade.items():
         if meaning is not Masquerade.DETECT:
             wire = _EXCEPTIONS[len(address)]
             put(wire, []).append(wire.element(address, protocol, port, verdict=_VERDICTS[meaning]))
-    for ((protocol, address, port, _), real, real_port), seconds in elements.draining.items():
-        wire = _DRAINING[len(address)]
+    _put_ranges(packed, elements)
+    for ((protocol, address, port, inside), real, real_port), seconds in elements.draining.items():
+        wire = (_DRAINING_INSIDE if inside else _DRAINING)[len(address)]
         # a timeout of 0 would mean: never
         key = (address, protocol, port, real, real_port)
         put(wire, []).append(wire.element(*key, timeout=max(1, seconds) * 1000))
     for name, value in elements.settings.items():
         put(_SETTINGS, []).append(_SETTINGS.element(_setting_key(name), comment=f"{name}={value}"))
     return [message for wire, each in packed.items() for message in wire.add(each)]
+
+
+def _plain(elements: Elements) -> Iterator[tuple[dict[int, nft.SetWire], set[VirtualAddress]]]:
+    """Sets of nothing but servers."""
+    yield _EXTERNAL, elements.external
+    yield _REFUSED, elements.refused
+    yield _DROPPED, elements.dropped
+    yield _INSIDE, elements.inside
+    yield _RANGED, elements.ranged
+
+
+def _put_ranges(packed: dict[nft.SetWire, list[bytes]], elements: Elements) -> None:
+    for (protocol, address, port, _), ranges in elements.allowed.items():
+        wire = _ALLOWED[len(address)]
+        spans = packed.setdefault(wire, [])
+        for each in ranges:
+            spans.append(wire.span(address, protocol, port, each.address, address, protocol, port, each.last))
 
 
 def _setting_key(name: str) -> bytes:
@@ -260,10 +244,13 @@ def _setting_key(name: str) -> bytes:
 def _removals(elements: Elements) -> list[bytes]:
     packed: dict[nft.SetWire, list[bytes]] = {}
     put = packed.setdefault
-    for wires, keys in ((_SERVERS, elements.servers), (_DROPPED, elements.dropped), (_EXCEPTIONS, elements.masquerade)):
+    outside = (at for at in elements.servers if not at.inside)
+    keyed = (_SERVERS, outside), (_MARKS, elements.marks), (_EXCEPTIONS, elements.masquerade)
+    for wires, keys in (*keyed, *_plain(elements)):
         for protocol, address, port, _ in keys:
             wire = wires[len(address)]
             put(wire, []).append(wire.key(address, protocol, port))
+    _put_ranges(packed, elements)
     for address in elements.vips:
         wire = _VIPS[len(address)]
         put(wire, []).append(wire.key(address))
@@ -274,8 +261,8 @@ def _removals(elements: Elements) -> list[bytes]:
         put(_SETTINGS, []).append(_SETTINGS.key(_setting_key(name)))
     messages = [message for wire, each in packed.items() for message in wire.remove(each)]
     drained: dict[nft.SetWire, list[bytes]] = {}
-    for (protocol, address, port, _), real, real_port in elements.draining:
-        wire = _DRAINING[len(address)]
+    for (protocol, address, port, inside), real, real_port in elements.draining:
+        wire = (_DRAINING_INSIDE if inside else _DRAINING)[len(address)]
         drained.setdefault(wire, []).append(wire.key(address, protocol, port, real, real_port))
     for wire, each in drained.items():
         # the clock may have run out at any moment: added first, so that there is something to remove
@@ -289,7 +276,13 @@ def _common(wanted: Elements, seen: Elements) -> Elements:
         servers={at: owner for at, owner in wanted.servers.items() if at in seen.servers},
         vips=wanted.vips & seen.vips,
         hairpins=wanted.hairpins & seen.hairpins,
+        external=wanted.external & seen.external,
+        refused=wanted.refused & seen.refused,
         dropped=wanted.dropped & seen.dropped,
+        inside=wanted.inside & seen.inside,
+        marks={at: mark for at, mark in wanted.marks.items() if at in seen.marks},
+        ranged=wanted.ranged & seen.ranged,
+        allowed={at: seen.allowed[at] for at in wanted.allowed if at in seen.allowed},
         masquerade={at: meaning for at, meaning in wanted.masquerade.items() if at in seen.masquerade},
         draining=wanted.draining,
         settings={name: value for name, value in wanted.settings.items() if name in seen.settings},
@@ -309,72 +302,27 @@ def _printed(elements: Elements) -> Iterator[tuple[str, str, str]]:
         return sorted(keys, key=lambda at: (len(at.address), at.address, at.protocol, at.port))
 
     for at in by_family(elements.servers):
-        comment = owner_comment(elements.servers[at])
-        yield f"servers{suffix(at.address)}", server(at), f' comment "{comment}"' if comment else ""
+        comment = _owner(elements.servers[at])
+        told = f' comment "{comment}"' if comment else ""
+        if not at.inside:
+            yield f"servers{suffix(at.address)}", server(at), told
+        elif at in elements.marks:
+            yield f"inside_marks{suffix(at.address)}", server(at), f"{told} : {elements.marks[at]:#010x}"
     for address in sorted(elements.vips, key=lambda each: (len(each), each)):
         yield f"vips{suffix(address)}", format_address(address), ""
     for address in sorted(elements.hairpins, key=lambda each: (len(each), each)):
         yield f"hairpin{suffix(address)}", f"{format_address(address)} . {format_address(address)}", ""
-    for at in by_family(elements.dropped):
-        yield f"dropped{suffix(at.address)}", server(at), ""
+    for wires, keys in _plain(elements):
+        for at in by_family(keys):
+            yield wires[len(at.address)].name, server(at), ""
+    for at in by_family(elements.allowed):
+        for each in elements.allowed[at]:
+            yield f"allowed{suffix(at.address)}", f"{server(at)} . {each}", ""
     for at in by_family(elements.masquerade):
         if verdict := _VERDICTS.get(elements.masquerade[at]):
-            text = f"goto {verdict[1]}" if verdict[1] else "accept"
-            yield f"exceptions{suffix(at.address)}", server(at), f" : {text}"
+            yield f"exceptions{suffix(at.address)}", server(at), f" : goto {verdict[1]}"
     for key in sorted(elements.draining):
         at, real, port = key
+        name = "draining_inside" if at.inside else "draining"
         text = f"{server(at)} . {format_address(real)} . {port}"
-        yield f"draining{suffix(at.address)}", text, f" timeout {max(1, elements.draining[key])}s"
-
-
-# ------------------------------------------------------------------------------------------------------ the .nft text
-
-
-class Skeleton(Struct):
-    """What of the table stays the same: sets as (key length, flags), chains, and the comments of each chain's rules."""
-
-    sets: dict[str, tuple[int, int]]
-    chains: dict[str, netlink.Chain]
-    rules: dict[str, list[str]]
-
-
-_SHAPE_FLAGS = nft.SET_MAP | nft.SET_TIMEOUT | nft.SET_INTERVAL
-_IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_COMMENT = re.compile(r'comment "([^"]*)"$', re.MULTILINE)
-_SET = re.compile(r"(set|map) (\w+) \{ type ([\w. ]+?)(?: : verdict)?;( flags timeout;)? \}")
-_BASE = re.compile(r"type (\w+) hook (\w+) priority (?:(\w+)(?: ([+-]) (\d+))?|(-\d+)); policy accept;")
-
-
-def render(options: GuardOptions) -> str:
-    """The table for these options, without the file's remarks, each rule's comment marked with the text's hash."""
-    lines = [line for line in _TEXT.read_text().splitlines() if line.strip() and not line.lstrip().startswith("#")]
-    lines = list(chain.from_iterable(_filled(line, options) for line in lines))
-    text = "\n".join(lines) + "\n"
-    mark = hashlib.sha256(text.encode()).hexdigest()[:8]
-    return _COMMENT.sub(rf'comment "\1 [{mark}]"', text)
-
-
-def _filled(line: str, options: GuardOptions) -> list[str]:
-    return [line.replace("@options@", rule) for rule in options.rules()] if "@options@" in line else [line]
-
-
-def parse(text: str) -> Skeleton:
-    """What the kernel shows of a text of ours once it is loaded."""
-    skeleton = Skeleton({}, {}, {})
-    current = ""
-    for line in map(str.strip, text.splitlines()):
-        if found := _SET.fullmatch(line):
-            what, name, types, timed = found.groups()
-            fields = [_TYPES[each] for each in types.split(" . ")]
-            flags = (nft.SET_MAP if what == "map" else 0) | (nft.SET_TIMEOUT if timed else 0)
-            skeleton.sets[name] = nft.key_length(fields), flags
-        elif line.startswith("chain "):
-            current = line.split()[1]
-            skeleton.chains[current] = netlink.Chain(current)
-        elif found := _BASE.fullmatch(line):
-            kind, hook, word, sign, distance, number = found.groups()
-            priority = int(number) if number else _PRIORITIES[word] + int(f"{sign or ''}{distance or 0}")
-            skeleton.chains[current] = netlink.Chain(current, kind, _HOOKS[hook], priority)
-        elif found := _COMMENT.search(line):
-            skeleton.rules.setdefault(current, []).append(found[1])
-    return skeleton
+        yield f"{name}{suffix(at.address)}", text, f" timeout {max(1, elements.draining[key])}s"

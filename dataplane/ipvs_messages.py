@@ -6,7 +6,7 @@ programming costs little more than sending bytes that lie ready.
 """
 
 import struct
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -28,6 +28,7 @@ from .nlattr import (
     u8,
     u16,
     u32,
+    u32_bytes,
     u64,
     width_of,
 )
@@ -145,6 +146,8 @@ class Shape(NamedTuple):
     flags: int
     persistence: int
     netmask: int
+    marked: bool = False
+    """Known by a firewall mark instead of protocol, address and port; the mark then is the slot "vip"."""
 
 
 def shape_of(server: VirtualServer, family_id: int) -> Shape:
@@ -152,7 +155,8 @@ def shape_of(server: VirtualServer, family_id: int) -> Shape:
     at = server.at
     width = len(at.address)
     flags = server.flags | SVC_F_PERSISTENT if server.persistence else server.flags
-    return Shape(family_id, width, at.protocol, server.scheduler, flags, server.persistence, netmask_of(width, server))
+    netmask = netmask_of(width, server)
+    return Shape(family_id, width, at.protocol, server.scheduler, flags, server.persistence, netmask, at.inside)
 
 
 def netmask_of(width: int, server: VirtualServer) -> int:
@@ -166,6 +170,8 @@ def netmask_of(width: int, server: VirtualServer) -> int:
 
 def _key_parts(shape: Shape) -> list[Part]:
     """The attributes by which the kernel finds a virtual server."""
+    if shape.marked:
+        return ServiceAttrs.parts({"af": 2 if shape.address_width == 4 else 10, "fwmark": Slot("vip", "4s")})
     return ServiceAttrs.parts(
         {
             "af": 2 if shape.address_width == 4 else 10,
@@ -235,9 +241,11 @@ def _service_template(shape: Shape, command: int, dests: tuple[_Dest, ...]) -> C
 
 
 @lru_cache(maxsize=1024)
-def _dest_template(family_id: int, width: int, protocol: int, command: int, dest: _Dest) -> Callable[..., bytes]:
+def _dest_template(
+    family_id: int, width: int, protocol: int, command: int, dest: _Dest, marked: bool
+) -> Callable[..., bytes]:
     """One NEW_, SET_ or DEL_DEST message."""
-    shape = Shape(family_id, width, protocol, "", 0, 0, 0)
+    shape = Shape(family_id, width, protocol, "", 0, 0, 0, marked)
     inner = nest(_SERVICE, _key_parts(shape)) + nest(_DEST, _dest_parts(dest, "real"))
     return compile_template(_message_parts(family_id, command, inner), ["vip", "vport", "real"])
 
@@ -252,16 +260,25 @@ TOGETHER = 8
 
 
 class Encoder:
-    """Messages for one kernel: knows the number that kernel gave to the IPVS family."""
+    """Messages for one kernel: knows the number that kernel gave to the IPVS family.
 
-    def __init__(self, family_id: int) -> None:
+    IPVS has no servers for some clients only, but it has servers by firewall mark, which it looks for first: so a
+    server for clients inside the cluster is one. `marks` says which mark.
+    """
+
+    def __init__(self, family_id: int, marks: Mapping[VirtualAddress, int] | None = None) -> None:
         self.family_id = family_id
+        self._marks = marks if marks is not None else {}
         self._new: dict[tuple[object, ...], Callable[..., bytes]] = {}
         self._plain: dict[tuple[int, ...], Callable[..., bytes]] = {}
 
     def new_server(self, server: VirtualServer) -> bytes:
         """NEW_SERVICE and a NEW_DEST for each real server, in one piece of bytes."""
-        protocol, address, port, _ = server.at
+        protocol, address, port, inside = server.at
+        if inside:
+            return self.server(NEW_SERVICE, server) + b"".join(
+                self.real(NEW_DEST, server, r) for r in server.real_servers
+            )
         reals, width = server.real_servers, len(address)
         # everything the template folds in, as one cheap dictionary key: plain real servers are only counted
         settings: tuple[_Dest, ...] = ()
@@ -297,19 +314,23 @@ class Encoder:
     def server(self, command: int, server: VirtualServer) -> bytes:
         """One NEW_, SET_ or DEL_SERVICE message."""
         template = _service_template(shape_of(server, self.family_id), command, ())
-        return template(server.at.address, server.at.port)
+        at = server.at
+        return template(self._mark(at) if at.inside else at.address, at.port)
+
+    def _mark(self, at: VirtualAddress) -> bytes:
+        return u32_bytes(self._marks[at])
 
     def real(self, command: int, server: VirtualServer, real: RealServer) -> bytes:
         """One NEW_, SET_ or DEL_DEST message."""
-        protocol, address, port, _ = server.at
-        key = (command, protocol, len(address), len(real.address), real.weight)
+        protocol, address, port, inside = server.at
+        key = (command, protocol, len(address), len(real.address), real.weight, inside)
         plain = not (real.forwarding or real.upper_threshold or real.lower_threshold)
         template = self._plain.get(key) if plain else None
         if template is None:
-            template = _dest_template(self.family_id, len(address), protocol, command, _fold(real))
+            template = _dest_template(self.family_id, len(address), protocol, command, _fold(real), inside)
             if plain and len(self._plain) < 1024:
                 self._plain[key] = template
-        return template(address, port, real)
+        return template(self._mark(server.at) if inside else address, port, real)
 
     def get_servers(self) -> bytes:
         """Dump request for all virtual servers."""
@@ -321,11 +342,16 @@ class Encoder:
 
     def get_server(self, at: VirtualAddress) -> bytes:
         """Request for one virtual server (no dump)."""
-        key = {"af": family_of(at.address), "protocol": at.protocol, "addr": at.address, "port": at.port}
+        if at.inside:
+            key: dict[str, object] = {"af": family_of(at.address), "fwmark": self._marks[at]}
+        else:
+            key = {"af": family_of(at.address), "protocol": at.protocol, "addr": at.address, "port": at.port}
         return genl_message(self.family_id, GET_SERVICE, 0, CommandAttrs.encode(service=key))
 
     def get_reals(self, at: VirtualAddress) -> bytes:
         """Dump request for the real servers of one virtual server."""
+        if at.inside:
+            return self.get_reals_of_mark(self._marks[at], family_of(at.address))
         template = _dump_template(self.family_id, len(at.address), at.protocol)
         return template(at.address, at.port)
 
@@ -362,7 +388,7 @@ class Traffic(NamedTuple):
 class ServerEntry(NamedTuple):
     """A virtual server as the kernel reports it, without its real servers.
 
-    One by firewall mark (never ours) has `fwmark` set and an address of zeros.
+    One by firewall mark has `fwmark` set and an address of zeros.
     """
 
     server: VirtualServer
@@ -445,12 +471,13 @@ def decode_real_server(message: bytes, local: Collection[Address]) -> RealServer
 
 
 class Named(NamedTuple):
-    """What a refused message was about."""
+    """What a refused message was about. `mark`: of a virtual server that has no address, else 0."""
 
     command: int
     at: VirtualAddress | None
     real: tuple[Address, int] | None
     scheduler: str
+    mark: int = 0
 
 
 def name_message(message: bytes) -> Named:
@@ -459,11 +486,14 @@ def name_message(message: bytes) -> Named:
     values = CommandAttrs.decode(message, DATA)
     at = real = None
     scheduler = ""
+    mark = 0
     if service := values.get("service"):
         width = 4 if service["af"] == 2 else 16
-        at = VirtualAddress(service["protocol"], Address(service["addr"][:width]), service["port"])
+        mark = service.get("fwmark", 0)
+        if not mark:
+            at = VirtualAddress(service["protocol"], Address(service["addr"][:width]), service["port"])
         scheduler = service.get("sched_name", "")
     if dest := values.get("dest"):
         width = 4 if dest.get("addr_family", 2) == 2 else 16
         real = (Address(dest["addr"][:width]), dest["port"])
-    return Named(command, at, real, scheduler)
+    return Named(command, at, real, scheduler, mark)

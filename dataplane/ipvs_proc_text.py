@@ -5,7 +5,7 @@ asking for ten thousand servers one by one. Like the netlink dumps it may be tor
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 from .model import Forwarding, Protocol, RealServer, ServerFlags, VirtualAddress, VirtualServer
 
@@ -66,7 +66,7 @@ def clock_rate(shown: Shown, servers: Iterable[VirtualServer]) -> int:
     """
     rates: Counter[int] = Counter()
     for server in servers:
-        if server.persistence:
+        if server.persistence and not server.at.inside:
             words = shown.get(server_key(server.at), ("", frozenset()))[0].split()
             if "persistent" in words:
                 rates[int(words[words.index("persistent") + 1]) // server.persistence] += 1
@@ -83,15 +83,24 @@ def real_text(real: RealServer) -> str:
     return f"{place(real.address, real.port)} {_FORWARDING[real.forwarding]} {real.weight}"
 
 
-def differing(text: str, servers: Collection[VirtualServer]) -> set[VirtualAddress]:
-    """Servers that the table shows otherwise, or not at all. What else is in the table is somebody else's."""
+def differing(
+    text: str, servers: Collection[VirtualServer], marks: Mapping[VirtualAddress, int] | None = None
+) -> set[VirtualAddress]:
+    """Servers that the table shows otherwise, or not at all. What else is in the table is somebody else's.
+
+    `marks`: firewall marks of servers for clients inside the cluster.
+    """
+    marks = marks or {}
     shown = parse(text)
     hertz = clock_rate(shown, servers)
     names = {number: Protocol(number).name for number in {server.at.protocol for server in servers}}
     found = set()
     for server in servers:
         at = server.at
-        seen = shown.get(f"{names[at.protocol]} {place(at.address, at.port)}")
+        if at.inside:
+            seen = shown.get(f"FWM {marks.get(at, 0):08X}")
+        else:
+            seen = shown.get(f"{names[at.protocol]} {place(at.address, at.port)}")
         if (
             seen is None
             or seen[0] != server_traits(server, hertz)

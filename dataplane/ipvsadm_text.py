@@ -64,17 +64,17 @@ def rules(listing: Listing) -> str:
     return "".join(line + "\n" for line in lines)
 
 
-def server_rule(verb: str, server: VirtualServer) -> str:
-    """One line for `ipvsadm -R`: verb -A (add), -E (edit) or -D (delete)."""
-    name = service_option(server)
+def server_rule(verb: str, server: VirtualServer, mark: int = 0) -> str:
+    """One line for `ipvsadm -R`: verb -A (add), -E (edit) or -D (delete); `mark`: it has one in place of an address."""
+    name = service_option(server, mark)
     if verb == "-D":
         return f"-D {name}"
     return f"{verb} {name}" + _traits(server, "")
 
 
-def real_rule(verb: str, server: VirtualServer, real: RealServer) -> str:
+def real_rule(verb: str, server: VirtualServer, real: RealServer, mark: int = 0) -> str:
     """One line for `ipvsadm -R`: verb -a (add), -e (edit) or -d (delete)."""
-    line = f"{verb} {service_option(server)} -r {real}"
+    line = f"{verb} {service_option(server, mark)} -r {real}"
     if verb == "-d":
         return line
     line += f" {_FORWARDING_OPTIONS[real.forwarding]} -w {real.weight}"
@@ -83,9 +83,11 @@ def real_rule(verb: str, server: VirtualServer, real: RealServer) -> str:
     return line
 
 
-def service_option(server: VirtualServer) -> str:
-    """`-t 10.0.1.175:80`."""
+def service_option(server: VirtualServer, mark: int = 0) -> str:
+    """`-t 10.0.1.175:80`, or `-f 7`."""
     at = server.at
+    if mark:
+        return f"-f {mark} -6" if len(at.address) == 16 else f"-f {mark}"
     return f"{_SERVICE_OPTIONS.get(Protocol(at.protocol), '--xxx-service')} {format_endpoint(at.address, at.port)}"
 
 

@@ -22,7 +22,8 @@ _T = TypeVar("_T")
 
 _YAML_CUT = re.compile(rb"\n(?=---[ \t\r\n])")
 _JSON_CUT = re.compile(rb"\}[ \t\r]*\n\s*(?=\{)")
-_PREAMBLE = re.compile(rb"\s*(?:(?:#|%YAML[ \t]+1\.)[^\n]*(?:\n\s*|\Z))*")
+# a comment ends at any line break of YAML 1.1; one with other than ASCII characters might hold one of the rarer kinds
+_PREAMBLE = re.compile(rb"\s*(?:(?:#|%YAML[ \t]+1\.)[^\r\n\x80-\xff]*(?:[\r\n]\s*|\Z))*")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _BETWEEN = re.compile(rb"[\s,]*")
 _BYTE = re.compile(r" \(byte (\d+)\)\Z")

@@ -6,16 +6,23 @@ prefix of it is safe for traffic (a process may die between any two steps; the n
 1. guard: ledger entry, VIP and hairpin elements (the ledger says "ours" before the server exists);
 2. IPVS: new virtual servers with their real servers, then changes (new real servers before old ones lose weight
    or go);
-3. VIPs become local: from here on clients reach the new servers; then VIPs no longer needed go;
+3. VIPs become local, and the guard sends to IPVS what it shall take in besides (`external`, `inside`): from here on
+   clients reach the new servers; then what is no longer needed of these goes;
 4. IPVS: virtual servers no longer wanted;
 5. guard: entries of what is gone.
 
 IPVS has no owner field. What is ours is written in the guard table's sets, which live and die with the kernel's state.
+
+Addresses that are not the node's (external and load balancer IPs) are not bound, since then the node would answer for
+all of their ports: packets to the ports that are ours are marked and delivered (`MarkedDelivery`, made when the first
+such server comes). A server for clients inside the cluster is an IPVS server by firewall mark. It cannot be persistent,
+as IPVS then keeps the port that was asked for (ip_vs_sched_persist): its clients stay with their endpoint by the
+scheduler `mh`, which goes by the client's address.
 """
 
 import contextlib
 import errno
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 
@@ -23,10 +30,11 @@ import msgspec
 from msgspec import Struct
 
 from . import ipvs_proc_text, ipvsadm_text
-from .backend import Options, Outcome, RealCounters, ServerReport, Transaction
+from .backend import NO_SETTINGS, Options, Outcome, RealCounters, ServerReport, Transaction
 from .drain import DrainKey
 from .errors import KernelError, NotRoot, PreflightError, ToolError
-from .ipvs_guard import TABLE, Elements, Guard, GuardOptions, owner_comment
+from .ipvs_guard import DELIVERED, DELIVERED_MASK, TABLE, Guard
+from .ipvs_ledger import INSIDE_MARKS, Elements, Marks, concerns, note, note_all, note_change, seen_server
 from .ipvs_messages import (
     COMMAND_NAMES,
     DATA,
@@ -48,11 +56,11 @@ from .ipvs_messages import (
     decode_server,
     name_message,
 )
-from .model import Address, NoServers, VirtualAddress, VirtualServer, format_endpoint
+from .model import Address, Masquerade, NoServers, VirtualAddress, VirtualServer, format_endpoint
 from .netlink_nftables import GROUP as NFTABLES_GROUP
 from .netlink_nftables import foreign_touches
 from .netlink_route import GROUPS as ROUTE_GROUPS
-from .netlink_route import VipBinding, VipDevice, VipRoutes
+from .netlink_route import MarkedDelivery, VipBinding, VipDevice, VipRoutes
 from .netlink_socket import (
     HEADER,
     NETLINK_GENERIC,
@@ -63,6 +71,7 @@ from .netlink_socket import (
     kernel_error,
     resolve_family,
 )
+from .nft_clients import Clients
 from .nftables_messages import INET
 from .plan import Change as ServerChange
 from .plan import Plan, State
@@ -98,8 +107,15 @@ def open_backend(options: Options) -> "IpvsBackend":
     return IpvsBackend(options)
 
 
-UNLISTED = "(not in our ledger)"
-"""Label of a server that is ours by what else we know; it differs from any that is wanted, so it gets listed."""
+def open_leftover(options: Options) -> "IpvsBackend":
+    """The same with VIPs bound as they are here."""
+    with NetlinkSocket(NETLINK_ROUTE) as sock:
+        routes = not VipDevice(sock).exists() and bool(VipRoutes(sock).bound())
+    return IpvsBackend(msgspec.structs.replace(options, vip_binding="routes" if routes else "device"))
+
+
+BY_HASH = "mh"
+"""Scheduler of a server for clients inside the cluster that has affinity."""
 _NOTHING = Elements()
 """Of the guard, for the many changes that do not concern it. Never written to."""
 _ALL_WELL = Outcome()
@@ -111,43 +127,50 @@ class IpvsTransaction(Struct, frozen=True):
     plan: Plan
     guard_add: Elements
     guard_replace: Elements
+    guard_open: Elements
+    """What leads clients to servers, added when these are there."""
+    guard_close: Elements
     guard_remove: Elements
-    script: Callable[[Elements, Elements], str]
-    bind_commands: Callable[[Iterable[Address], Iterable[Address]], str]
+    backend: "IpvsBackend"
 
     def __str__(self) -> str:
-        plan = self.plan
+        plan, backend = self.plan, self.backend
+        script, marks = backend.guard.script, backend.marks.of
         blocks = [
-            ("nft -f -", self.script(self.guard_add, self.guard_replace)),
-            ("ipvsadm -R", "".join(line + "\n" for line in _rules_before(plan))),
-            ("ip -batch -", self.bind_commands(plan.bind, plan.unbind)),
-            ("ipvsadm -R", "".join(line + "\n" for line in _rules_after(plan))),
-            ("nft -f -", self.script(Elements(), self.guard_remove)),
+            ("nft -f -", script(self.guard_add, self.guard_replace)),
+            ("ipvsadm -R", "".join(line + "\n" for line in _rules_before(plan, marks))),
+            ("ip -batch -", backend.vips.commands(plan.bind, plan.unbind)),
+            *(backend.delivery.commands() if self.guard_open.external and not backend.delivers else ()),
+            ("nft -f -", script(self.guard_open, self.guard_close)),
+            ("ipvsadm -R", "".join(line + "\n" for line in _rules_after(plan, marks))),
+            ("nft -f -", script(_NOTHING, self.guard_remove)),
         ]
         return "".join(f"# {tool}\n{text}" for tool, text in blocks if text)
 
 
-def _rules_before(plan: Plan) -> Iterator[str]:
+def _rules_before(plan: Plan, marks: Mapping[VirtualAddress, int]) -> Iterator[str]:
     """What `_messages_before` sends, sorted for the reader: between servers the order means nothing."""
     for server in sorted(plan.add, key=lambda each: each.at):
-        yield ipvsadm_text.server_rule("-A", server)
+        mark = marks.get(server.at, 0)
+        yield ipvsadm_text.server_rule("-A", server, mark)
         for real in server.real_servers:
-            yield ipvsadm_text.real_rule("-a", server, real)
+            yield ipvsadm_text.real_rule("-a", server, real, mark)
     for change in sorted(plan.change, key=lambda each: each.new.at):
+        mark = marks.get(change.new.at, 0)
         add, edit, remove = change.reals()
         if _edited(change):
-            yield ipvsadm_text.server_rule("-E", change.new)
+            yield ipvsadm_text.server_rule("-E", change.new, mark)
         for real in add:
-            yield ipvsadm_text.real_rule("-a", change.new, real)
+            yield ipvsadm_text.real_rule("-a", change.new, real, mark)
         for real in edit:
-            yield ipvsadm_text.real_rule("-e", change.new, real)
+            yield ipvsadm_text.real_rule("-e", change.new, real, mark)
         for real in remove:
-            yield ipvsadm_text.real_rule("-d", change.new, real)
+            yield ipvsadm_text.real_rule("-d", change.new, real, mark)
 
 
-def _rules_after(plan: Plan) -> Iterator[str]:
+def _rules_after(plan: Plan, marks: Mapping[VirtualAddress, int]) -> Iterator[str]:
     for server in sorted(plan.remove, key=lambda each: each.at):
-        yield ipvsadm_text.server_rule("-D", server)
+        yield ipvsadm_text.server_rule("-D", server, marks.get(server.at, 0))
 
 
 def _edited(change: ServerChange) -> bool:
@@ -166,14 +189,26 @@ class IpvsBackend:
 
     mode = "ipvs"
     drains = True
+    shares_affinity = False
 
     def __init__(self, options: Options) -> None:
         self._options = options
+        clients = Clients(
+            options.masquerade_all,
+            options.cluster_cidrs,
+            options.bridge_interface,
+            options.interface_prefix,
+            options.service_cidrs,
+        )
         self._route = NetlinkSocket(NETLINK_ROUTE)
         self._netfilter = NetlinkSocket(NETLINK_NETFILTER)
         self._genl = NetlinkSocket(NETLINK_GENERIC)
-        self._guard = Guard(self._netfilter, GuardOptions(options.masquerade_all, options.cluster_cidrs))
-        self._vips: VipBinding = VipRoutes(self._route) if options.vip_binding == "routes" else VipDevice(self._route)
+        self.guard = Guard(self._netfilter, clients)
+        self.vips: VipBinding = VipRoutes(self._route) if options.vip_binding == "routes" else VipDevice(self._route)
+        self.delivery = MarkedDelivery(self._route, DELIVERED, DELIVERED_MASK)
+        self.delivers = False
+        """Some server needs `delivery`, so it has to be there."""
+        self.marks = Marks()
         self._monitors: tuple[NetlinkSocket, NetlinkSocket] | None = None
         self._ledger_lost = False
         self._sysctls = IPVS_SYSCTLS + (STRICT_ARP_SYSCTLS if options.strict_arp else ())
@@ -184,7 +219,7 @@ class IpvsBackend:
     @cached_property
     def _encoder(self) -> Encoder:
         try:
-            return Encoder(resolve_family(self._genl, FAMILY_NAME))
+            return Encoder(resolve_family(self._genl, FAMILY_NAME), self.marks.of)
         except KernelError as error:
             if error.errno != errno.ENOENT:
                 raise
@@ -193,26 +228,47 @@ class IpvsBackend:
     # ------------------------------------------------------------------------------------------------ contract
 
     def express(self, server: VirtualServer) -> VirtualServer:
-        """All of it: IPVS is what the model's words come from."""
-        return server
+        """All of it: IPVS is what the model's words come from. Affinity of a server by mark is its scheduler's."""
+        if not server.at.inside:
+            return server
+        changed: dict[str, object] = {"masquerade": Masquerade.NODE, "no_servers": NoServers.REJECT, "allowed": ()}
+        if server.persistence:
+            changed |= {"scheduler": BY_HASH, "flags": 0, "persistence": 0, "persistence_prefix": 32}
+        return msgspec.structs.replace(server, **changed)
 
-    def prepare(self) -> tuple[str, ...]:
+    def present(self) -> bool:
+        """Our guard table or our device is there."""
+        return self.guard.exists() or VipDevice(self._route).exists()
+
+    def prepare(self, before: Mapping[str, int] = NO_SETTINGS) -> tuple[str, ...]:
         """Load modules, set sysctls, make kube-ipvs0 and the guard table; nothing is written that is there already."""
         _load_modules(lambda: self._encoder)
         lacking = [one for one in check(self._sysctls, running_kernel()) if one.error and one.before is not None]
-        made_device = self._vips.ensure()
+        made_device = self.vips.ensure()
         # without its ledger the device still proves which VIPs are ours: adopt their servers, traffic goes on
-        self._ledger_lost = not self._guard.exists() and not made_device
-        made_guard = self._guard.ensure()
+        self._ledger_lost = not self.guard.exists() and not made_device
+        made_guard = self.guard.ensure()
+        if made_guard:
+            self.marks.learn(self.guard.observe().marks)
+            self._remove_strays()
+        self.delivers = self.delivers or self.guard.has_external()
+        if self.delivers:
+            self.delivery.ensure()
         # what was there before us is noted before it changes, so that `remove` can put it back whoever runs it
-        self._before = {one.name: one.before for one in lacking if one.before is not None} | self._before
-        if self._before and (lacking or made_guard):
-            self._guard.commit(Elements(settings=self._before), Elements())
+        inherited = {one.name: before[one.name] for one in self._sysctls if one.name in before}
+        found = {one.name: one.before for one in lacking if one.before is not None}
+        self._before = found | inherited | self._before
+        if self._before and (lacking or inherited or made_guard):
+            self.guard.commit(Elements(settings=self._before), Elements())
         if any(self._options.timeouts):
             tcp, fin, udp = self._options.timeouts
             request = self._encoder.command(SET_CONFIG, timeout_tcp=tcp, timeout_tcp_fin=fin, timeout_udp=udp)
             self._genl.request(request, "set", "IPVS timeouts")
         return tuple(str(one) for one in apply(self._sysctls, running_kernel()) if one.error)
+
+    def settings(self) -> dict[str, int]:
+        """Noted in the guard table."""
+        return self.guard.observe().settings if self.guard.exists() else {}
 
     def observe(self, only: Collection[VirtualAddress] | None = None) -> State:
         """What the kernel holds of ours.
@@ -220,69 +276,80 @@ class IpvsBackend:
         IPVS dumps are hints: the kernel resumes them by position and never tells that one was torn. A server that the
         ledger knows and the dump lacks is asked for by its key; adds and deletes are judged by their own answers.
         """
-        ledger = self._guard.observe() if self._guard.exists() else Elements()
-        bound = self._vips.bound() if self._vips.exists() else set()
+        ledger = self.guard.observe() if self.guard.exists() else Elements()
+        bound = self.vips.bound() if self.vips.exists() else set()
+        self.marks.learn(ledger.marks)
+        self.delivers = self.delivers or bool(ledger.external)
         state = State(vips=bound | ledger.vips, hairpins=ledger.hairpins, partial=bound ^ ledger.vips)
+        owned = ledger.addresses()
         for entry in self._servers(ledger.servers.keys() if only is None else only, everything=only is None):
             at = entry.server.at
-            listed = at in ledger.servers
-            adoptable = self._ledger_lost and at.address in bound
-            if not (listed or at in self._ours or adoptable):
+            ours = at in owned or at in self._ours
+            if not (ours or self._ledger_lost):
                 state.foreign.add(at)
                 continue
             answers = self._genl.dump(self._encoder.get_reals(at))
             reals = [decode_real_server(answer, ledger.hairpins) for answer in answers]
-            dropped = at in ledger.dropped
-            server = msgspec.structs.replace(
-                entry.server,
-                real_servers=tuple(sorted(reals)),
-                no_servers=NoServers.DROP if dropped else NoServers.REJECT,
-                label=ledger.servers.get(at, UNLISTED),
-            )
-            if listed or at in self._ours:
+            found = msgspec.structs.replace(entry.server, real_servers=tuple(sorted(reals)))
+            server = seen_server(found, ledger, self.marks.of)
+            if ours:
                 self._ours.add(at)
                 state.put(server)
             else:
                 state.adoptable[at] = server
-        owned = ledger.servers.keys() | ledger.dropped
         state.ghosts |= (owned if only is None else owned & set(only)) - state.servers.keys()
         return state
 
     def suspects(self, held: State) -> set[VirtualAddress] | None:
         """By /proc/net/ip_vs and the guard's sets: a hundredth of what asking for every real server costs."""
-        ledger = self._guard.observe() if self._guard.exists() else Elements()
-        expected = {at: owner_comment(server.label) for at, server in held.servers.items()}
-        bound = self._vips.bound() if self._vips.exists() else set()
-        if (ledger.servers, ledger.vips, bound, ledger.hairpins) != (expected, held.vips, held.vips, held.hairpins):
+        ledger = self.guard.observe() if self.guard.exists() else Elements()
+        marks = self.marks.of
+        expected = Elements(vips=held.vips, hairpins=held.hairpins)
+        try:
+            for server in held.servers.values():
+                note(expected, server, marks)
+        except KeyError:
+            return None  # a mark that we do not know
+        expected.draining, expected.settings = ledger.draining, ledger.settings
+        bound = self.vips.bound() if self.vips.exists() else set()
+        if ledger != expected or bound != held.vips:
             return None
         try:
             text = PROC_TABLE.read_text()
         except OSError:
             return None
-        found = ipvs_proc_text.differing(text, held.servers.values())
+        found = ipvs_proc_text.differing(text, held.servers.values(), marks)
         # flags of the scheduler are not in the table, but only few servers have any
         found.update(at for at, server in held.servers.items() if server.flags)
-        found.update(at for at in ledger.dropped if at not in held.servers)
         return found
 
     def compile(self, plan: Plan) -> "IpvsTransaction":
         """The plan with the guard elements that belong to it."""
         if not _concerns_guard(plan):
-            return IpvsTransaction(plan, _NOTHING, _NOTHING, _NOTHING, self._guard.script, self._vips.commands)
+            return IpvsTransaction(plan, _NOTHING, _NOTHING, _NOTHING, _NOTHING, _NOTHING, self)
         add = Elements(vips=set(plan.bind), hairpins=set(plan.hairpin_add))
-        drop = Elements(vips=set(plan.unbind), hairpins=set(plan.hairpin_remove))
         replaced = Elements()
+        drop = Elements(vips=set(plan.unbind), hairpins=set(plan.hairpin_remove))
+        marks = self.marks.of
         for server in plan.add:
-            _note(add, server)
+            if server.at.inside:
+                self.marks.take(server.at)
+            note(add, server, marks)
         for old, new in plan.change:
-            if old.label != new.label or old.no_servers != new.no_servers:
-                if old.label != UNLISTED:
-                    _note(replaced, old)
-                _note(add, new)
+            if new.at.inside:
+                self.marks.take(new.at)
+            if concerns(old, new):
+                note_change(replaced, add, old, new, marks)
         for server in plan.remove:
-            _note(drop, server)
-            drop.dropped.add(server.at)
-        return IpvsTransaction(plan, add, replaced, drop, self._guard.script, self._vips.commands)
+            if server == VirtualServer(server.at) or (server.at.inside and server.at not in marks):
+                note_all(drop, server.at, marks)  # only the table knows of it
+            else:
+                note(drop, server, marks)
+        opened = Elements(external=add.external, inside=add.inside)
+        closed = Elements(external=replaced.external | drop.external, inside=replaced.inside | drop.inside)
+        for each in (add, replaced, drop):
+            each.external, each.inside = set(), set()
+        return IpvsTransaction(plan, add, replaced, opened, closed, drop, self)
 
     def commit(self, transaction: Transaction) -> Outcome:
         """The five steps of the module's docstring; IPVS failures are mapped back to their virtual addresses."""
@@ -297,21 +364,30 @@ class IpvsBackend:
             )
             if not refusals:
                 return _ALL_WELL
-            _sort_out(refusals, failed, unsure)
+            self._sort_out(refusals, failed, unsure)
             return Outcome(failed, frozenset(unsure - failed.keys()))
         if _any(transaction.guard_add) or _any(transaction.guard_replace):
-            self._guard.commit(transaction.guard_add, transaction.guard_replace)
+            self.guard.commit(transaction.guard_add, transaction.guard_replace)
+        opened, closed = transaction.guard_open, transaction.guard_close
         self._ours.update(server.at for server in plan.add)
-        _sort_out(self._genl.batch(_messages_before(encoder, plan)), failed, unsure)
-        refused = self._vips.bind(plan.bind) if plan.bind else []
-        refused += self._vips.unbind(plan.unbind) if plan.unbind else []
+        self._sort_out(self._genl.batch(_messages_before(encoder, plan)), failed, unsure)
+        refused = self.vips.bind(plan.bind) if plan.bind else []
+        refused += self.vips.unbind(plan.unbind) if plan.unbind else []
+        if opened.external and not self.delivers:
+            self.delivery.ensure()
+            self.delivers = True
+        if _any(opened) or _any(closed):
+            self.guard.commit(opened, closed)
         if plan.remove:
-            _sort_out(self._genl.batch(_messages_after(encoder, plan)), failed, unsure)
+            self._sort_out(self._genl.batch(_messages_after(encoder, plan, self.marks.of)), failed, unsure)
         self._ours.difference_update(server.at for server in plan.remove)
         self._ours.difference_update(unsure)
         self._ours.difference_update(failed.keys() & {server.at for server in plan.add})
         if _any(transaction.guard_remove):
-            self._guard.commit(Elements(), transaction.guard_remove)
+            self.guard.commit(_NOTHING, transaction.guard_remove)
+        for server in plan.remove:
+            if server.at.inside:
+                self.marks.forget(server.at)
         for address, error in refused:
             for server in (*plan.add, *(change.new for change in plan.change), *plan.remove):
                 if server.at.address == address:
@@ -319,35 +395,39 @@ class IpvsBackend:
         return Outcome(failed, frozenset(unsure - failed.keys()))
 
     def intact(self) -> bool:
-        """kube-ipvs0 and the guard's chains, rules and sets are there, unchanged."""
-        return self._vips.exists() and self._guard.intact()
+        """kube-ipvs0, the guard's chains, rules and sets, and the delivery by mark are there, unchanged."""
+        return self.vips.exists() and self.guard.intact() and (not self.delivers or self.delivery.exists())
 
     def clocks(self) -> dict[DrainKey, float]:
         """Seconds left on the drain clocks in the guard table."""
-        if not self._guard.exists():
+        if not self.guard.exists():
             return {}
-        return {DrainKey(*key): left for key, left in self._guard.observe().draining.items()}
+        return {DrainKey(*key): left for key, left in self.guard.observe().draining.items()}
 
     def keep_clocks(self, add: dict[DrainKey, int], remove: Collection[DrainKey]) -> None:
         """Drain clocks as set elements with a timeout: the kernel counts them down, whoever lives or dies."""
         starting = {(key.at, key.address, key.port): seconds for key, seconds in add.items()}
         ending = {(key.at, key.address, key.port): 0 for key in remove}
         if starting or ending:
-            self._guard.commit(Elements(draining=starting), Elements(draining=ending))
+            self.guard.commit(Elements(draining=starting), Elements(draining=ending))
 
     def open_connections(self, at: VirtualAddress) -> dict[tuple[Address, int], int]:
         """Active and inactive connections of each real server (a closed one lingers as inactive in TIME_WAIT)."""
+        if at.inside and at not in self.marks.of:
+            raise KernelError("list real servers of", str(at), errno.ESRCH)
         reals = self._reals(self._encoder.get_reals(at))
         return {(one.real.address, one.real.port): one.active + one.inactive for one in reals}
 
     def report(self) -> Iterator[ServerReport]:
         """Every virtual server of the kernel, in ipvsadm's order, with the kernel's counters."""
-        ledger = self._guard.observe() if self._guard.exists() else Elements()
+        ledger = self.guard.observe() if self.guard.exists() else Elements()
+        self.marks.learn(ledger.marks)
         for entry, reals in ipvsadm_text.in_order(self.listing()):
-            at = entry.server.at
-            server = msgspec.structs.replace(
-                entry.server, label=ledger.servers.get(at, ""), real_servers=tuple(one.real for one in reals)
-            )
+            at = self.marks.at.get(entry.fwmark, entry.server.at)
+            ours = at in ledger.servers
+            server = msgspec.structs.replace(entry.server, at=at, real_servers=tuple(one.real for one in reals))
+            if ours:
+                server = seen_server(server, ledger, self.marks.of)
             rows = tuple(
                 (
                     one.real,
@@ -361,7 +441,7 @@ class IpvsBackend:
                 )
                 for one in ipvsadm_text.sorted_reals(reals)
             )
-            yield ServerReport(server, entry.fwmark, entry.traffic.connections, rows, at in ledger.servers)
+            yield ServerReport(server, entry.fwmark, entry.traffic.connections, rows, ours)
 
     def listing(self) -> list[tuple[ServerEntry, list[RealEntry]]]:
         """Everything IPVS holds, ours or not, as the kernel tells it."""
@@ -397,15 +477,23 @@ class IpvsBackend:
         links, lost_links = self._monitors[0].notifications()
         tables, lost_tables = self._monitors[1].notifications()
         ours = self._route.port
-        touched = any(self._vips.concerns(each) for each in links if HEADER.unpack_from(each)[4] != ours)
+        theirs = [each for each in links if HEADER.unpack_from(each)[4] != ours]
+        touched = any(self.vips.concerns(each) for each in theirs)
+        touched = touched or (self.delivers and any(map(self.delivery.concerns, theirs)))
         touched = touched or bool(foreign_touches(tables, INET, TABLE, (self._netfilter.port,)))
         return touched or lost_links or lost_tables
 
-    def remove(self) -> None:
-        """Take away our servers (those in the ledger), kube-ipvs0 and the guard table; put sysctls back."""
-        if self._guard.exists():
-            ledger = self._guard.observe()
-            ours = {one.name: one.value for one in IPVS_SYSCTLS + STRICT_ARP_SYSCTLS}
+    def text(self, language: str) -> str | None:
+        """The guard table as `nft` lists it, which `nft -f` reads."""
+        if language != "nft":
+            return None
+        return run_tool(["nft", "list", "table", "inet", TABLE]) if self.guard.exists() else ""
+
+    def remove(self, leave: Collection[str] = ()) -> None:
+        """Take away our servers (those in the ledger), what leads to them, and the guard table; put sysctls back."""
+        if self.guard.exists():
+            ledger = self.guard.observe()
+            ours = {one.name: one.value for one in IPVS_SYSCTLS + STRICT_ARP_SYSCTLS if one.name not in leave}
             restore(
                 Change(name, before, before, ours[name]) for name, before in ledger.settings.items() if name in ours
             )
@@ -414,13 +502,18 @@ class IpvsBackend:
             except PreflightError:
                 pass  # no IPVS in this kernel, so no servers either
             else:
-                servers = (VirtualServer(at) for at in ledger.servers)
+                self.marks.learn(ledger.marks)
+                servers = [VirtualServer(at) for at in ledger.servers if not at.inside or at in self.marks.of]
                 failed: dict[VirtualAddress, KernelError] = {}
-                _sort_out(self._genl.batch(encoder.server(DEL_SERVICE, s) for s in servers), failed, set())
+                self._sort_out(self._genl.batch(encoder.server(DEL_SERVICE, s) for s in servers), failed, set())
                 for error in failed.values():
                     raise error
-        self._vips.remove()
-        self._guard.delete()
+                self.marks.clear()
+                self._remove_strays()
+        self.vips.remove()
+        self.delivery.remove()
+        self.delivers = False
+        self.guard.delete()
 
     def close(self) -> None:
         """Give descriptors back."""
@@ -434,15 +527,59 @@ class IpvsBackend:
         missing = set(at)
         if everything:
             for entry in map(decode_server, self._genl.dump(self._encoder.get_servers())):
-                if not entry.fwmark:
-                    missing.discard(entry.server.at)
-                    yield entry
+                named = self._named(entry)
+                if named is not None:
+                    missing.discard(named.server.at)
+                    yield named
         for each in missing:
+            if each.inside and each not in self.marks.of:
+                continue
             try:
-                yield decode_server(self._genl.get(self._encoder.get_server(each), "get virtual server", str(each)))
+                answer = self._genl.get(self._encoder.get_server(each), "get virtual server", str(each))
+                named = self._named(decode_server(answer))
+                if named is not None:
+                    yield named
             except KernelError as error:
                 if error.errno != errno.ESRCH:
                     raise
+
+    def _named(self, entry: ServerEntry) -> ServerEntry | None:
+        """The entry with its virtual address; None when it is by somebody else's mark."""
+        if not entry.fwmark:
+            return entry
+        at = self.marks.at.get(entry.fwmark)
+        if at is None or len(at.address) != len(entry.server.at.address):
+            return None
+        return entry._replace(server=msgspec.structs.replace(entry.server, at=at))
+
+    def _remove_strays(self) -> None:
+        """Servers by marks of ours whose ledger has been lost: nobody knows any more what they are for."""
+        strays = []
+        for entry in map(decode_server, self._genl.dump(self._encoder.get_servers())):
+            if entry.fwmark in INSIDE_MARKS and entry.fwmark not in self.marks.at:
+                service = {"af": entry.family, "fwmark": entry.fwmark}
+                strays.append(self._encoder.command(DEL_SERVICE, service=service))
+        self._genl.batch(strays)
+
+    def _sort_out(
+        self, failures: Iterable[Failure], failed: dict[VirtualAddress, KernelError], unsure: set[VirtualAddress]
+    ) -> None:
+        """Tell failures that only mean "look again" from those that mean "cannot be done"."""
+        for code, message, text in failures:
+            named = name_message(message)
+            at = self.marks.at.get(named.mark) if named.mark else named.at
+            if at is None or (named.command, code) in _ALREADY_GONE:
+                continue
+            if (named.command, code) in _SURPRISES:
+                unsure.add(at)
+                continue
+            what = COMMAND_NAMES.get(named.command, f"IPVS command {named.command}")
+            subject = str(at) if named.real is None else f"{format_endpoint(*named.real)} of {at}"
+            hint = _HINTS.get((named.command, code), "").format(scheduler=named.scheduler)
+            error = kernel_error(what, subject, code, hint or text)
+            if isinstance(error, NotRoot):
+                raise error
+            failed[at] = error
 
     def _reals(self, request: bytes) -> list[RealEntry]:
         return [decode_real(answer) for answer in self._genl.dump(request)]
@@ -463,7 +600,8 @@ def _load_modules(try_it: Callable[[], object]) -> None:
 def _concerns_guard(plan: Plan) -> bool:
     """More than real servers that come and go or change their settings."""
     for change in plan.change:
-        if change.server and (change.old.label != change.new.label or change.old.no_servers != change.new.no_servers):
+        new = change.new
+        if (change.server or not new.bound or new.no_servers is NoServers.DROP) and concerns(change.old, new):
             return True
     return bool(plan.add or plan.remove or plan.bind or plan.unbind or plan.hairpin_add or plan.hairpin_remove)
 
@@ -471,13 +609,6 @@ def _concerns_guard(plan: Plan) -> bool:
 def _any(elements: Elements) -> bool:
     """Whether there is anything in them."""
     return elements is not _NOTHING and any(msgspec.structs.astuple(elements))
-
-
-def _note(elements: Elements, server: VirtualServer) -> None:
-    """A server's own entries in the guard table."""
-    elements.servers[server.at] = server.label
-    if server.no_servers is NoServers.DROP and not server.real_servers:
-        elements.dropped.add(server.at)
 
 
 def _messages_before(encoder: Encoder, plan: Plan) -> Iterator[bytes]:
@@ -499,26 +630,7 @@ def _change_messages(encoder: Encoder, change: ServerChange) -> list[bytes]:
     return messages
 
 
-def _messages_after(encoder: Encoder, plan: Plan) -> Iterator[bytes]:
+def _messages_after(encoder: Encoder, plan: Plan, marks: Mapping[VirtualAddress, int]) -> Iterator[bytes]:
     for server in plan.remove:
-        yield encoder.server(DEL_SERVICE, server)
-
-
-def _sort_out(
-    failures: Iterable[Failure], failed: dict[VirtualAddress, KernelError], unsure: set[VirtualAddress]
-) -> None:
-    """Tell failures that only mean "look again" from those that mean "cannot be done"."""
-    for code, message, text in failures:
-        named = name_message(message)
-        if named.at is None or (named.command, code) in _ALREADY_GONE:
-            continue
-        if (named.command, code) in _SURPRISES:
-            unsure.add(named.at)
-            continue
-        what = COMMAND_NAMES.get(named.command, f"IPVS command {named.command}")
-        subject = str(named.at) if named.real is None else f"{format_endpoint(*named.real)} of {named.at}"
-        hint = _HINTS.get((named.command, code), "").format(scheduler=named.scheduler)
-        error = kernel_error(what, subject, code, hint or text)
-        if isinstance(error, NotRoot):
-            raise error
-        failed[named.at] = error
+        if not server.at.inside or server.at in marks:
+            yield encoder.server(DEL_SERVICE, server)

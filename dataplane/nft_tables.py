@@ -12,7 +12,7 @@ they counted is kept in memory. A new process begins with what the elements say.
 
 import errno
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -21,7 +21,7 @@ from msgspec import Struct
 from . import netlink_nftables as netlink
 from . import nft_layout as lay
 from . import nftables_messages as nft
-from .backend import Options, Outcome, RealCounters, ServerReport, Transaction
+from .backend import NO_SETTINGS, Options, Outcome, RealCounters, ServerReport, Transaction
 from .drain import DrainKey
 from .errors import KernelError, Unanswered
 from .model import Address, VirtualAddress, VirtualServer, between, disjoint, format_address
@@ -33,6 +33,7 @@ from .nft_skeleton import StaticTable, render
 from .nlattr import u32_bytes
 from .plan import Plan, State
 from .procfs_sysctl import Change, Wanted, apply, check, restore, running_kernel
+from .run_tool import run_tool
 
 SYSCTLS = (Wanted("net.ipv4.ip_forward", 1, "packets to a Service leave for endpoints on other machines"),)
 _TEXT = Path(__file__).with_suffix(".nft")
@@ -45,6 +46,9 @@ _RACES = 20
 def open_backend(options: Options) -> "NftablesBackend":
     """The backend in the calling thread's network namespace."""
     return NftablesBackend(options)
+
+
+open_leftover = open_backend
 
 
 class Step(Struct, frozen=True, gc=False):
@@ -92,6 +96,7 @@ class NftablesBackend:
 
     mode = "nftables"
     drains = False
+    shares_affinity = True
 
     def __init__(self, options: Options) -> None:
         clients = Clients(
@@ -121,9 +126,14 @@ class NftablesBackend:
         """Random choice, weights as slots; see `nft_layout.canonical`."""
         return lay.canonical(server)
 
-    def prepare(self) -> tuple[str, ...]:
+    def present(self) -> bool:
+        """Our table is there."""
+        return self._table.exists()
+
+    def prepare(self, before: Mapping[str, int] = NO_SETTINGS) -> tuple[str, ...]:
         """Table and sysctls; nothing is written that is there already."""
-        lacking = [one for one in check(SYSCTLS, running_kernel()) if one.error and one.before is not None]
+        lacking = {one.name: one.before for one in check(SYSCTLS, running_kernel()) if one.error}
+        noted = {name: value for name, value in lacking.items() if value is not None} | dict(before)
         self._table.ensure()
         messages = []
         for name, comments in self._table.read()[1].items():
@@ -132,12 +142,23 @@ class NftablesBackend:
                 messages += chain.messages(there=True)
         # what was there before us is noted before it changes, so that `remove` can put it back whoever runs it
         notes = [
-            lay.SETTINGS.element(u32_bytes(number), comment=f"{one.name}={one.before}")
-            for number, one in enumerate(lacking)
+            lay.SETTINGS.element(u32_bytes(number), comment=f"{one.name}={noted[one.name]}")
+            for number, one in enumerate(SYSCTLS)
+            if one.name in noted
         ]
         netlink.commit(self._sock, [*messages, *lay.SETTINGS.add(notes)])
         self._generation = None  # what we know of the elements has to be looked up
         return tuple(str(one) for one in apply(SYSCTLS, running_kernel()) if one.error)
+
+    def settings(self) -> dict[str, int]:
+        """Noted in the table."""
+        noted = {}
+        if self._table.exists():
+            for _, comment, *_ in netlink.read_elements(self._sock, lay.SETTINGS):
+                name, _, value = comment.partition("=")
+                if value.isdecimal():
+                    noted[name] = int(value)
+        return noted
 
     def observe(self, only: Collection[VirtualAddress] | None = None) -> State:
         """What the kernel holds of ours; `ghosts` are virtual addresses of which there are only parts."""
@@ -263,16 +284,17 @@ class NftablesBackend:
         touched, self._touched = self._touched, False
         return touched
 
-    def remove(self) -> None:
+    def text(self, language: str) -> str | None:
+        """The table as `nft` lists it, which `nft -f` reads (1.0.6 not where IPv6 has affinity: it lacks registers)."""
+        if language != "nft":
+            return None
+        return run_tool(["nft", "list", "table", "inet", TABLE]) if self._table.exists() else ""
+
+    def remove(self, leave: Collection[str] = ()) -> None:
         """Delete the table; put sysctls back."""
         if self._table.exists():
-            before = {}
-            for _, comment, *_ in netlink.read_elements(self._sock, lay.SETTINGS):
-                name, _, value = comment.partition("=")
-                if value.isdecimal():
-                    before[name] = int(value)
-            ours = {one.name: one.value for one in SYSCTLS}
-            restore(Change(name, value, value, ours[name]) for name, value in before.items() if name in ours)
+            ours = {one.name: one.value for one in SYSCTLS if one.name not in leave}
+            restore(Change(name, value, value, ours[name]) for name, value in self.settings().items() if name in ours)
             try:
                 netlink.commit(self._sock, [netlink.delete_table(nft.INET, TABLE)])
             except KernelError as error:

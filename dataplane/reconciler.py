@@ -15,7 +15,7 @@ from .backend import Backend, Transaction
 from .desired import Desired, Rules
 from .drain import DrainKey, Drains, with_reals
 from .errors import KernelError, Unanswered
-from .model import Problem, Update, VirtualAddress, VirtualServer
+from .model import Address, Problem, Update, VirtualAddress, VirtualServer
 from .netlink_conntrack import Swept
 from .plan import Change, Plan, State, diff, reals_only
 from .staleness import Right, Staleness
@@ -25,6 +25,8 @@ TRIES = 3
 _NO_PLAN = Plan()
 MASS_DELETE_SHARE = 0.5
 MASS_DELETE_LEAST = 10
+NAMED = 20
+"""Services that a remark names; the others are counted."""
 
 Result = Literal["unchanged", "committed", "partly", "failed"]
 
@@ -132,6 +134,16 @@ class Reconciler:
     def problems(self) -> tuple[Problem, ...]:
         """Services that cannot have what they ask for."""
         return (*self.desired.conflicts, *self.desired.refusals)
+
+    def remarks(self) -> tuple[str, ...]:
+        """What this mode does otherwise for some Service, in words that name it; each is told once."""
+        news = self.desired.newly_scattered()
+        if not news or self.backend.shares_affinity:
+            return ()
+        names = ", ".join(map(str, sorted(news)[:NAMED]))
+        more = f" and {len(news) - NAMED} more" if len(news) > NAMED else ""
+        what = "remembers a client's endpoint (sessionAffinity) for each address of a Service on its own"
+        return (f"{self.backend.mode} mode {what}: {names}{more}",)
 
     # --------------------------------------------------------------------------------------------------- planning
 
@@ -337,10 +349,11 @@ class Reconciler:
 
     # --------------------------------------------------------------------------------------------------- draining
 
-    def draining_pass(self, limit: int = 500) -> SyncReport | None:
+    def draining_pass(self, limit: int = 500, busy: Callable[[], Collection[Address]] = tuple) -> SyncReport | None:
         """Let go of real servers whose connections have ended or whose deadline has passed; None = nothing to do.
 
-        Asks the kernel for at most `limit` virtual servers, oldest deadline first.
+        Asks the kernel for at most `limit` virtual servers, oldest deadline first. `busy`: VIPs that are in use though
+        no connection of a real server shows it.
         """
         if not self.drains.deadlines:
             return None
@@ -350,16 +363,20 @@ class Reconciler:
         waiting: dict[VirtualAddress, list[DrainKey]] = {}
         for key in sorted(deadlines, key=deadlines.__getitem__):
             waiting.setdefault(key.at, []).append(key)
+        used: Collection[Address] | None = None
         for at, keys in list(waiting.items())[:limit]:
             try:
                 open_now = self.backend.open_connections(at)
             except KernelError:
                 ripe.add(at)  # gone already: the sync will see
                 continue
-            for key in keys:
-                if not open_now.get((key.address, key.port), 0):
+            done = [key for key in keys if not open_now.get((key.address, key.port), 0)]
+            if done and used is None:
+                used = busy()
+            if done and used is not None and at.address not in used:
+                ripe.add(at)
+                for key in done:
                     self.drains.finish(key)
-                    ripe.add(at)
         return self.sync("drain", ripe) if ripe else None
 
     def _keep_clocks(self) -> None:

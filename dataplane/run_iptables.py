@@ -9,8 +9,11 @@ import errno
 from pathlib import Path
 
 from .errors import KernelError, NotRoot, PreflightError, ToolError, Unanswered
-from .iptables_text import Table, parse_save
+from .iptables_save import Table, parse_save
+from .iptables_text import MARKER
 from .model import Family
+from .netlink_nftables import read_chains
+from .netlink_socket import NETLINK_NETFILTER, NetlinkSocket
 from .run_tool import run_tool
 
 LOCK_SECONDS = 5
@@ -23,6 +26,7 @@ class Tools:
     """The iptables programs of one family: those the host has chosen, or of one back end."""
 
     def __init__(self, family: Family, choice: str) -> None:
+        self._family = family
         self.prefix = ("iptables" if family is Family.IPV4 else "ip6tables") + (f"-{choice}" if choice else "")
         self._flavour = ""
 
@@ -30,9 +34,13 @@ class Tools:
     def flavour(self) -> str:
         """`legacy` or `nft`: which tables of the kernel the programs write."""
         if not self._flavour:
-            version = self._run("-restore", "--version", timeout=10)
-            self._flavour = "nft" if "nf_tables" in version else "legacy"
+            self._flavour = "nft" if "nf_tables" in self.version else "legacy"
         return self._flavour
+
+    @property
+    def version(self) -> str:
+        """As the program tells it: `iptables v1.8.9 (nf_tables)`."""
+        return self._run("-restore", "--version", timeout=10).strip()
 
     @property
     def command(self) -> str:
@@ -42,6 +50,15 @@ class Tools:
     def save(self) -> dict[str, Table]:
         """All tables that there are; a table that is not there is not made by looking."""
         return parse_save(self._run("-save", "-c", timeout=SAVE_SECONDS))
+
+    def owned(self) -> bool:
+        """Whether our marker stands in one of the tables; a process is started for legacy tables only."""
+        if self.flavour == "legacy":
+            return has_legacy_tables(self._family) and any(table.owned for table in self.save().values())
+        with NetlinkSocket(NETLINK_NETFILTER) as sock:
+            return any(
+                chain.name == MARKER for table in ("nat", "filter") for chain in read_chains(sock, self._family, table)
+            )
 
     def restore(self, text: str, *, counters: bool = False) -> None:
         """Apply restore text, which is atomic per table."""
@@ -77,9 +94,10 @@ def _lock_holder() -> str:
     return "another program"
 
 
-def legacy_tables(family: Family) -> set[str]:
-    """Tables of iptables-legacy in this namespace; looking with the program would make them."""
+def has_legacy_tables(family: Family) -> bool:
+    """iptables-legacy has tables of those we use in this namespace; looking with the program would make them."""
+    file = Path("/proc/thread-self/net", f"{'ip' if family is Family.IPV4 else 'ip6'}_tables_names")
     try:
-        return set(Path("/proc/net", f"{'ip' if family is Family.IPV4 else 'ip6'}_tables_names").read_text().split())
+        return not {"nat", "filter"}.isdisjoint(file.read_text().split())
     except OSError:
-        return set()
+        return False

@@ -65,7 +65,7 @@ class ServiceRow(Struct, frozen=True, rename="camel"):
     """Name of the Service; "" when the kernel holds no name."""
     port_name: str
     address: str
-    """"" for a server of a firewall mark."""
+    """"" for somebody else's server of a firewall mark."""
     port: int
     protocol: str
     kind: str
@@ -98,7 +98,7 @@ class ServiceRow(Struct, frozen=True, rename="camel"):
     @property
     def vip(self) -> str:
         """`10.0.1.175:80/TCP` or `FWM 7`."""
-        if self.firewall_mark:
+        if not self.address:
             return f"FWM {self.firewall_mark}"
         return f"{_host(self.address)}:{self.port}/{self.protocol}"
 
@@ -117,13 +117,14 @@ def _service_row(report: ServerReport, clocks: Mapping[DrainKey, float]) -> Serv
     server = report.server
     namespace, _, rest = server.label.partition("/")
     name, _, port_name = rest.partition(":")
+    by_mark = report.fwmark and not report.ours
     return ServiceRow(
         namespace,
         name,
         port_name,
-        "" if report.fwmark else format_address(server.at.address),
+        "" if by_mark else format_address(server.at.address),
         server.at.port,
-        "" if report.fwmark else _protocol(server.at.protocol),
+        "" if by_mark else _protocol(server.at.protocol),
         server.kind.value,
         server.at.inside,
         report.fwmark,

@@ -5,12 +5,12 @@ lose an answer before or after the change took effect, or be changed by somebody
 """
 
 import errno
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Literal
 
 from msgspec import Struct
 
-from .backend import Outcome, RealCounters, ServerReport, Transaction
+from .backend import NO_SETTINGS, Outcome, RealCounters, ServerReport, Transaction
 from .drain import DrainKey
 from .errors import KernelError, Unanswered
 from .model import Address, VirtualAddress, VirtualServer
@@ -34,6 +34,7 @@ class FakeBackend:
     """`backend.Backend` in memory. Immutable values in, immutable values out."""
 
     mode = "fake"
+    shares_affinity = True
 
     def __init__(self, *, drains: bool = False) -> None:
         self.drains = drains
@@ -50,15 +51,33 @@ class FakeBackend:
         self.prepared = False
         self.touched = False
         self.kept: dict[DrainKey, float] = {}
+        self.wants: dict[str, int] = {}
+        """Sysctls that the mode wants."""
+        self.sysctls: dict[str, int] = {}
+        """Those of the "kernel", which several fakes may share."""
+        self.noted: dict[str, int] = {}
 
     def express(self, server: VirtualServer) -> VirtualServer:
         """Contract."""
         return server
 
-    def prepare(self) -> tuple[str, ...]:
+    def present(self) -> bool:
+        """Contract."""
+        return self.prepared or bool(self.servers.keys() - self.foreign)
+
+    def prepare(self, before: Mapping[str, int] = NO_SETTINGS) -> tuple[str, ...]:
         """Contract."""
         self.prepared = True
+        found = {name: self.sysctls.get(name, 0) for name, value in self.wants.items()}
+        lacking = {name: value for name, value in found.items() if value != self.wants[name]}
+        inherited = {name: value for name, value in before.items() if name in self.wants}
+        self.noted = lacking | inherited | self.noted
+        self.sysctls.update(self.wants)
         return ()
+
+    def settings(self) -> dict[str, int]:
+        """Contract."""
+        return dict(self.noted)
 
     def observe(self, only: Collection[VirtualAddress] | None = None) -> State:
         """Contract."""
@@ -134,8 +153,14 @@ class FakeBackend:
         touched, self.touched = self.touched, False
         return touched
 
-    def remove(self) -> None:
+    def text(self, language: str) -> str | None:
         """Contract."""
+        return "".join(f"+ {at}\n" for at in sorted(self.servers)) if language == "fake" else None
+
+    def remove(self, leave: Collection[str] = ()) -> None:
+        """Contract."""
+        self.sysctls.update({name: value for name, value in self.noted.items() if name not in leave})
+        self.noted = {}
         self.servers = {at: server for at, server in self.servers.items() if at in self.foreign}
         self.vips, self.hairpins, self.kept, self.prepared = set(), set(), {}, False
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import changes, programming, raw, workload
+from bench import changes, iptables_programming, nft_programming, programming, raw, workload
 from bench.__main__ import read_command_line
 from bench.figures import quantile, ratio, seconds, summarize
 from bench.isolation import RunFailed, isolated
@@ -142,3 +142,27 @@ def test_changes_are_measured_and_undone(kind: changes.Kind) -> None:
     assert {name: len(values) for name, values in samples.items()} == dict.fromkeys(
         ("floor", "to ACK", "sync", "take+sync"), 5
     )
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("tool", iptables_programming.TOOLS)
+def test_the_text_given_to_the_tool_by_hand_leaves_what_ours_does(tool: str) -> None:
+    many = 4 * TINY  # each run verifies what it left, RunFailed else
+    for contender in (iptables_programming.OURS, iptables_programming.HAND, iptables_programming.ONE_SECTION):
+        assert iptables_programming.full(tool, many, contender).cpu > 0
+    samples = iptables_programming.change(tool, many, 3)
+    assert {name: len(values) for name, values in samples.items()} == {"dataplane": 3, "by hand": 3}
+
+
+def test_one_section_has_the_same_lines() -> None:
+    text = "*filter\n:F - [0:0]\nCOMMIT\n*nat\n:A - [0:0]\n-A A x\nCOMMIT\n*nat\n:B - [0:0]\n-A B -j A\nCOMMIT\n"
+    assert iptables_programming.as_one_section(text) == (
+        "*filter\n:F - [0:0]\nCOMMIT\n*nat\n:A - [0:0]\n:B - [0:0]\n-A A x\n-A B -j A\nCOMMIT\n"
+    )
+
+
+@pytest.mark.root
+def test_nftables_bytes_sent_again_leave_what_ours_does() -> None:
+    for run in nft_programming.CONTENDERS.values():
+        assert run(TINY).wall > 0
+    assert len(nft_programming.change(TINY, 5)) == 5

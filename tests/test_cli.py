@@ -59,6 +59,11 @@ class Kernel:
         self.backend = FakeBackend()
         self.opened: list[tuple[str, Options]] = []
         self.locked = False
+        self.others: dict[str, FakeBackend] = {}
+        """What other modes hold."""
+
+    def open_leftover(self, mode: str, options: Options | None = None) -> FakeBackend:
+        return self.backend if mode == "ipvs" else self.others.get(mode, FakeBackend())
 
     def open(self, mode: str, options: Options | None = None) -> FakeBackend:
         self.opened.append((mode, options or Options()))
@@ -75,6 +80,7 @@ class Kernel:
 def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
     made = Kernel()
     monkeypatch.setattr(dataplane.backend, "open_backend", made.open)
+    monkeypatch.setattr(dataplane.backend, "open_leftover", made.open_leftover)
     monkeypatch.setattr(dataplane.agent, "agent_lock", made.lock)
     monkeypatch.setattr(dataplane.cli.options, "has_net_admin", lambda: True)
     monkeypatch.delenv("DATAPLANE_MODE", raising=False)
@@ -138,6 +144,9 @@ def test_version(arguments: list[str]) -> None:
         (["apply", "-f", "FILE", "--drain-seconds", "-1"], 2, "drain-seconds"),
         (["show", "-o", "ipvsadm", "default/x"], 2, "leave out the names"),
         (["show", "-o", "ipvsadm"], 2, "is for --mode ipvs"),
+        (["show", "-o", "nft", "default/x"], 2, "leave out the names"),
+        (["show", "-o", "iptables"], 2, "-o iptables is not for --mode fake"),
+        (["cleanup", "--all", "--mode", "ipvs"], 2, "--all is every mode, --mode one of them"),
     ],
 )
 def test_what_is_wrong_is_said_in_a_line(
@@ -345,6 +354,45 @@ def test_problems_win_over_differences(kernel: Kernel, manifests: Path) -> None:
     assert invoke("diff", "-f", str(manifests)).exit_code == 3
 
 
+# ---------------------------------------------------------------------------------------------------- another mode here
+
+
+def test_another_mode_that_is_here_is_told_by_diff_and_let_go_by_apply(kernel: Kernel, manifests: Path) -> None:
+    invoke("apply", "-f", str(manifests))
+    other = kernel.others["nftables"] = FakeBackend(drains=True)
+    other.mode, other.prepared, other.servers = "nftables", True, dict(kernel.backend.servers)
+    other.connections[AT, parse_address("10.244.2.3"), 9376] = 1
+    found = invoke("diff", "-f", str(manifests))
+    assert found.exit_code == 4
+    assert found.stdout.splitlines() == [
+        "in sync: 1 virtual server, 2 real servers",
+        "nftables mode goes, when fake mode holds all this: 1 virtual server",
+    ]
+    done = invoke("apply", "-f", str(manifests))
+    assert done.exit_code == 0
+    assert "switch: draining mode nftables real servers 1 at most seconds 900" in done.stderr
+    assert "still here: nftables: 1 real server draining; it goes when you run apply again" in done.stderr
+    assert json.loads(invoke("apply", "-f", str(manifests), "-o", "json").stdout)["leavingModes"] == [
+        "nftables: 1 real server draining"
+    ]
+    other.connections.clear()
+    assert "switch: removed mode nftables" in invoke("apply", "-f", str(manifests)).stderr
+    assert not other.present()
+    assert invoke("diff", "-f", str(manifests)).exit_code == 0
+
+
+def test_what_a_switch_cannot_replace_makes_apply_fail(kernel: Kernel, manifests: Path) -> None:
+    other = kernel.others["nftables"] = FakeBackend()
+    invoke("apply", "-f", str(manifests))
+    other.mode, other.prepared, other.servers = "nftables", True, dict(kernel.backend.servers)
+    kernel.backend.remove()
+    kernel.backend.refused[AT] = errno.EINVAL
+    done = invoke("apply", "-f", str(manifests))
+    assert done.exit_code == 1
+    assert "switch: kept mode nftables virtual servers 1 reason not programmed in the new mode" in done.stderr
+    assert list(other.servers) == [AT]
+
+
 # ---------------------------------------------------------------------------------------------------------------- show
 
 
@@ -482,11 +530,13 @@ def test_service_names_are_completed_and_errors_never_shown(
         environment = {
             "_DATAPLANE_COMPLETE": "bash_complete",
             "COMP_WORDS": f"dataplane show {incomplete}",
-            "COMP_CWORD": "2",
+            "COMP_CWORD": str(len(incomplete.split()) + 1),
         }
         return CliRunner(env=environment).invoke(cli, prog_name="dataplane", complete_var="_DATAPLANE_COMPLETE")
 
     assert complete("def").stdout == "plain,default/hostnames\n"
+    assert complete("--mode ipvs def").stdout == "plain,default/hostnames\n"
+    assert complete("--mode nftables def").stdout.strip() == ""
     assert complete("x").stdout.strip() == ""
     monkeypatch.setattr(dataplane.cli.options, "has_net_admin", lambda: False)
     done = complete("def")

@@ -12,6 +12,7 @@ import pytest
 from dataplane.backend import MODES, Backend, Options, open_backend
 from dataplane.model import VirtualServer
 from dataplane.plan import State, diff
+from dataplane.procfs_sysctl import read, write
 from dataplane.testing import FakeBackend
 
 from .netns import NetNs
@@ -129,6 +130,59 @@ SEQUENCES: dict[str, list[list[str]]] = {
     ],
 }
 
+ADDRESSES = (
+    "TCP 10.0.0.1:80",
+    "TCP 192.168.0.2:30080 NodePort node",
+    "TCP 1.2.3.4:80 LoadBalancer node from=10.0.0.0/8",
+)
+INSIDE = ("TCP 192.168.0.2:30080 (inside) NodePort node", "TCP 1.2.3.4:80 (inside) LoadBalancer node")
+BOTH = [("192.168.0.2", "10.1.0.1"), ("[fd00::a]", "[fd00:1::1]"), ("192.168.1.2", "10.1.0.1")]
+# addresses of one ServicePort, which share what a mode can share: chains, sets, the memory of affinity
+SEQUENCES |= {
+    "a policy turns Local, loses its endpoints here, and turns back": [
+        [f"{each} label=a/b:http -> 10.1.0.1:80, 10.1.0.2:80" for each in ADDRESSES],
+        [
+            "TCP 10.0.0.1:80 label=a/b:http -> 10.1.0.1:80, 10.1.0.2:80",
+            *(f"{each} label=a/b:http -> 10.1.0.1:80" for each in ADDRESSES[1:]),
+            *(f"{each} label=a/b:http -> 10.1.0.1:80, 10.1.0.2:80" for each in INSIDE),
+        ],
+        [
+            "TCP 10.0.0.1:80 label=a/b:http -> 10.1.0.2:80",
+            *(f"{each} drop label=a/b:http" for each in ADDRESSES[1:]),
+            *(f"{each} label=a/b:http -> 10.1.0.2:80" for each in INSIDE),
+        ],
+        [f"{each.replace('node', 'always')} label=a/b:http -> 10.1.0.2:80" for each in ADDRESSES],
+        [f"{each} label=a/b:http" for each in ADDRESSES],
+        [],
+    ],
+    "source ranges come, change, and outlive the endpoints": [
+        ["TCP 1.2.3.4:80 LoadBalancer always label=a/b -> 10.1.0.1:80"],
+        ["TCP 1.2.3.4:80 LoadBalancer always from=10.0.0.0/8+1.2.3.4/32 label=a/b -> 10.1.0.1:80"],
+        ["TCP 1.2.3.4:80 LoadBalancer always from=203.0.113.0/25 label=a/b -> 10.1.0.1:80"],
+        ["TCP 1.2.3.4:80 LoadBalancer from=203.0.113.0/25 label=a/b"],
+        ["TCP 1.2.3.4:80 LoadBalancer drop from=203.0.113.0/25 label=a/b"],
+        ["TCP 1.2.3.4:80 LoadBalancer drop label=a/b"],
+    ],
+    "node ports of both families come and go with addresses of the node": [
+        [f"UDP {where}:30053 NodePort always label=a/dns -> {end}:53" for where, end in BOTH[:2]],
+        [f"UDP {where}:30053 NodePort always label=a/dns -> {end}:53" for where, end in BOTH],
+        [f"UDP {where}:30053 NodePort always sticky=60 label=a/dns -> {end}:53" for where, end in BOTH[1:]],
+        [f"UDP {where}:30053 NodePort label=a/dns" for where, _ in BOTH[1:]],
+    ],
+    "an address changes its kind": [
+        ["TCP 1.2.3.4:80 LoadBalancer always label=a/b -> 10.1.0.1:80"],
+        ["TCP 1.2.3.4:80 ExternalIP always label=a/b -> 10.1.0.1:80"],
+        ["TCP 1.2.3.4:80 NodePort label=a/b"],
+        ["TCP 1.2.3.4:80 LoadBalancer label=a/b"],
+    ],
+    "two ServicePorts of one name differ, and the name changes hands": [
+        ["TCP 10.0.0.1:80 label=a/b -> 10.1.0.1:80", "TCP 10.0.0.2:80 label=a/b -> 10.1.0.2:80"],
+        ["TCP 10.0.0.2:80 label=a/b -> 10.1.0.2:80", "TCP 1.2.3.4:80 ExternalIP always label=a/b -> 10.1.0.1:80"],
+        ["TCP 10.0.0.2:80 -> 10.1.0.2:80", "TCP 1.2.3.4:80 ExternalIP always -> 10.1.0.1:80"],
+        ["TCP 10.0.0.2:80 -> 10.1.0.2:80 w0", "TCP 1.2.3.4:80 ExternalIP always -> 10.1.0.1:80 w0"],
+    ],
+}
+
 
 def settle(backend: Backend, wanted: list[str]) -> State:
     """Take the backend from whatever it holds to `wanted`, by observation, plan and commit."""
@@ -212,3 +266,30 @@ def test_labels_that_are_not_plain_never_reach_the_kernel(backend: Backend) -> N
     assert "evil" not in str(backend.compile(plan)) or isinstance(backend, FakeBackend)
     backend.commit(backend.compile(plan))
     assert list(backend.observe().servers) == [hostile.at]
+
+
+def test_a_mode_can_be_told_from_its_absence(backend: Backend) -> None:
+    assert not backend.present()
+    backend.prepare()
+    assert backend.present()
+    backend.remove()
+    assert not backend.present()
+
+
+def test_settings_are_noted_as_an_earlier_mode_found_them_and_left_alone_if_told(backend: Backend) -> None:
+    name = "net.ipv4.ip_forward"
+    if isinstance(backend, FakeBackend):
+        backend.wants, kernel = {name: 1}, backend.sysctls
+        kernel[name] = 1
+    else:
+        write(name, 1)
+    backend.prepare({name: 0, "net.ipv4.vs.no_such_setting": 7})
+    assert backend.settings().get(name) == 0
+    assert "net.ipv4.vs.no_such_setting" not in backend.settings()
+    backend.prepare()
+    assert backend.settings().get(name) == 0
+    backend.remove(leave=[name])
+    assert (backend.sysctls[name] if isinstance(backend, FakeBackend) else read(name)) == 1
+    backend.prepare({name: 0})
+    backend.remove()
+    assert (backend.sysctls[name] if isinstance(backend, FakeBackend) else read(name)) == 0

@@ -13,9 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from dataplane import demo, demo_stage
-from dataplane.demo_stage import PodSpec, build_stage
-from dataplane.errors import KernelError, NotRoot, PreflightError, UsageError
+from dataplane import demo
+from dataplane.demo import stage as stage_module
+from dataplane.demo.ipvs_act import real_lines
+from dataplane.demo.other_acts import CHAIN
+from dataplane.demo.page import ClaimFailed, Page, difference
+from dataplane.demo.play import Play
+from dataplane.demo.stage import PodSpec, build_stage
+from dataplane.demo.tutorial import EXAMPLE, read_tutorial, without_endpoint
+from dataplane.errors import KernelError, NotRoot, PreflightError
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = """\
@@ -67,10 +73,15 @@ def test_the_whole_demo_shows_the_tutorials_table_and_leaves_nothing_behind() ->
     assert "inet 10.0.1.175/32 scope global kube-ipvs0" in text
     assert "ok  3 + 3 + 3: every pod got the same share" in text
     assert re.search(r"-> 10\.244\.\d\.\d:9376              Masq    0      1 ", text), "a real server that drains"
-    assert re.findall(r"^(\d)/(\d)  ", text, re.MULTILINE) == [(str(number), "8") for number in range(1, 9)]
+    assert re.findall(r"^(\d+)/(\d+)  ", text, re.MULTILINE) == [(str(number), "10") for number in range(1, 11)]
     assert "ok  the namespaces of the demo are gone too" in text
     assert "\x1b" not in text, "colours are for terminals"
-    assert max(map(len, text.splitlines())) < 120
+    assert max(len(line) for line in text.splitlines() if "-A KUBE-" not in line) < 120
+    portal = f'--comment "default/hostnames: cluster IP" -m tcp --dport 80 -j {CHAIN}'
+    assert f"-A KUBE-SERVICES -d 10.0.1.175/32 -p tcp -m comment {portal}" in text
+    assert text.count("ok  the download was complete") == 3
+    assert text.count("ok  it is back") == 2
+    assert "ok  they counted what the client was told" in text
     assert done.stderr == ""
     (excerpt,) = re.findall(r"^```text\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
     printed = {comparable(line) for line in text.splitlines()}
@@ -100,8 +111,8 @@ def test_a_stage_that_fails_half_way_leaves_nothing_behind(monkeypatch: pytest.M
     def fails(*_: object) -> None:
         raise OSError("no more cables")
 
-    monkeypatch.setattr(demo_stage, "_ip", lambda *_: None)
-    monkeypatch.setattr(demo_stage, "_connect", fails)
+    monkeypatch.setattr(stage_module, "_ip", lambda *_: None)
+    monkeypatch.setattr(stage_module, "_connect", fails)
     with pytest.raises(OSError, match="cables"), build_stage([PodSpec("web", "10.244.3.6", 9376)]):
         pass
 
@@ -109,17 +120,17 @@ def test_a_stage_that_fails_half_way_leaves_nothing_behind(monkeypatch: pytest.M
 @pytest.mark.root
 @pytest.mark.usefixtures("nothing_before")
 def test_a_pod_answers_with_its_name_and_streams_until_the_curtain_falls(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole_ip = demo_stage._ip
+    whole_ip = stage_module._ip
 
-    def without_the_trial(stage: demo_stage.Stage, where: str, *commands: str) -> None:
+    def without_the_trial(stage: stage_module.Stage, where: str, *commands: str) -> None:
         if not any("dummy" in command for command in commands):
             whole_ip(stage, where, *commands)
 
-    monkeypatch.setattr(demo_stage, "_ip", without_the_trial)
+    monkeypatch.setattr(stage_module, "_ip", without_the_trial)
     with build_stage([PodSpec("web", "10.244.3.6", 9376)]) as stage:
         assert stage.run("client", ["curl", "-s", "10.244.3.6:9376"]) == (0, "web\n")
         stream = stage.start("client", ["curl", "-sN", "10.244.3.6:9376/stream"])
-        with demo_stage.ended(stream):
+        with stage_module.ended(stream):
             assert stream.stdout is not None
             assert [stream.stdout.readline() for _ in range(2)] == ["web line 1\n", "web line 2\n"]
             stage.curtain.set()
@@ -150,35 +161,30 @@ def test_who_is_not_root_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         demo.run_demo()
 
 
-def test_a_mode_that_is_not_there_is_refused() -> None:
-    with pytest.raises(UsageError, match="modes: ipvs"):
-        demo.run_demo(mode="nftables")
-
-
 def test_a_claim_that_does_not_hold_ends_the_demo() -> None:
-    page = demo.Page(pause=False, steps=1)
+    page = Page(pause=False, steps=1)
     with redirect_stdout(io.StringIO()) as told:
         page.claim("water is wet", True, "it was dry")
         page.claim("not worth saying", True, "", quiet=True)
     assert told.getvalue() == "ok  water is wet\n"
-    with pytest.raises(demo.ClaimFailed, match=r"^expected: grass is blue; but it is green$") as caught:
+    with pytest.raises(ClaimFailed, match=r"^expected: grass is blue; but it is green$") as caught:
         page.claim("grass is blue", False, "it is green")
     assert caught.value.exit_code == 1
 
 
 def test_output_of_programs_cannot_act_on_the_terminal() -> None:
-    page = demo.Page(pause=False, steps=1)
+    page = Page(pause=False, steps=1)
     with redirect_stdout(io.StringIO()) as told:
         page.text("a\tb\x1b[2J\n")
     assert told.getvalue() == "    a       b\\x1b[2J\n"
 
 
 def test_an_endpoint_is_taken_out_of_the_manifest_and_nothing_else() -> None:
-    tutorial = demo.read_tutorial(demo.EXAMPLE)
+    tutorial = read_tutorial(EXAMPLE)
     assert [pod.address for pod in tutorial.pods] == ["10.244.3.6", "10.244.1.7", "10.244.2.3"]
     for pod in tutorial.pods:
-        edited = demo.without_endpoint(tutorial.text, pod.address)
-        lines = demo._difference(tutorial.text, edited).splitlines()
+        edited = without_endpoint(tutorial.text, pod.address)
+        lines = difference(tutorial.text, edited).splitlines()
         removed = [line for line in lines if line.startswith("-")]
         assert len(removed) == 3
         assert pod.address in removed[0]
@@ -188,7 +194,7 @@ def test_an_endpoint_is_taken_out_of_the_manifest_and_nothing_else() -> None:
 
 def test_real_servers_are_read_from_ipvsadms_table() -> None:
     table = TABLE.replace("Masq    1      0          0\n", "Masq    0      1          4\n", 1)
-    assert demo.real_lines("\n".join(line[4:] for line in table.splitlines())) == {
+    assert real_lines("\n".join(line[4:] for line in table.splitlines())) == {
         "10.244.1.7:9376": (0, 1, 4),
         "10.244.2.3:9376": (1, 0, 0),
         "10.244.3.6:9376": (1, 0, 0),
@@ -196,10 +202,10 @@ def test_real_servers_are_read_from_ipvsadms_table() -> None:
 
 
 def test_waiting_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    play = demo.Play.__new__(demo.Play)
-    monkeypatch.setattr(demo, "REACTION_SECONDS", 0.1)
-    monkeypatch.setattr(demo.Play, "ipvsadm", lambda _: "")
+    play = Play.__new__(Play)
+    monkeypatch.setattr("dataplane.demo.play.REACTION_SECONDS", 0.1)
+    monkeypatch.setattr(Play, "look", lambda *_: "")
     begun = time.monotonic()
-    with pytest.raises(demo.ClaimFailed, match="the moon: not after"):
-        play.wait(lambda _: False, "the moon")
+    with pytest.raises(ClaimFailed, match="the moon: not after"):
+        play.wait("date", lambda _: False, "the moon")
     assert time.monotonic() - begun < 5

@@ -60,9 +60,11 @@ def test_a_check_that_fails_is_a_finding_and_keeps_the_earlier_ones(error: Excep
 
 def test_missing_tools(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(node, "which", lambda program: None)
-    assert brief(node.tools()) == [
+    assert brief(node.tools("ipvs")) == [
         ("fail", "tool nft", "apt-get install nftables"),
         ("fail", "tool modprobe", "apt-get install kmod"),
+        ("warn", "tool iptables-restore", "apt-get install iptables"),
+        ("warn", "tool ip6tables-restore", "apt-get install iptables"),
         ("warn", "tool ip", "apt-get install iproute2"),
         ("warn", "tool ipvsadm", "apt-get install ipvsadm"),
         ("warn", "tool conntrack", "apt-get install conntrack"),
@@ -242,7 +244,10 @@ def test_a_healthy_machine_and_nothing_is_left_behind(netns: NetNs) -> None:
     before = snapshot(netns)
     found = examined(netns)
     assert not [each for each in found.values() if each["status"] != "ok"]
-    assert {"dummy device", "IPVS", "IPVS IPv6", "IPVS conntrack", "nftables", "kube-proxy", "loopback"} <= set(found)
+    assert {"dummy device", "IPVS", "IPVS IPv6", "IPVS conntrack", "guard table", "kube-proxy", "loopback"} <= set(
+        found
+    )
+    assert {"mode nftables", "iptables", "iptables legacy", "iptables nft"} <= set(found)
     assert found["IPVS schedulers"]["detail"] == "rr wrr lc wlc sh mh"
     assert snapshot(netns) == before
 

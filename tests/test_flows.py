@@ -202,6 +202,13 @@ def test_cluster_ips_in_every_family_and_protocol(mode: str, tmp_path: Path) -> 
     play(mode, cluster_ip_cases(), tmp_path)
 
 
-@pytest.mark.parametrize("mode", [NFTABLES])
+@pytest.mark.parametrize("mode", [NFTABLES, IPTABLES, IPVS])
 def test_external_addresses_in_every_family_and_protocol(mode: str, tmp_path: Path) -> None:
     play(mode, external_cases(), tmp_path)
+
+
+@pytest.mark.parametrize("mode", [NFTABLES, IPTABLES, IPVS])
+def test_the_cases_of_kube_proxy(mode: str) -> None:
+    done = command("--mode", mode)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert last_line(done) == "195 passed, 0 failed, 0 skipped"

@@ -88,10 +88,9 @@ class ByHand:
         seconds: set[int] = self._facts.get("affinity", set())
         return seconds
 
-    def reconcile_conntrack(self) -> bool:
+    def reconcile_conntrack(self) -> None:
         for address in self._facts.get("forget", ()):
             run_tool(["conntrack", "-D", "-p", "udp", "-d", address])
-        return True
 
     def metric(self, name: str) -> dict[str, Any] | None:
         metrics: dict[str, dict[str, Any]] = self._facts.get("metrics", {})

@@ -1,27 +1,38 @@
 """The text of iptables rules, without a kernel: names, probabilities, quoting, reading back."""
 
+import random
+
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from dataplane.iptables_books import Books
+from dataplane.iptables_chains import express, render
+from dataplane.iptables_reading import DAMAGED
+from dataplane.iptables_save import Table, parse_save, same_rule
 from dataplane.iptables_text import (
-    CLOSED,
-    CLUSTER_IPS,
-    DAMAGED,
-    SERVICES,
+    MARK_CLIENTS,
+    MARK_MASQ,
+    NODEPORTS,
+    SERVICE_CHAIN,
     Form,
-    Table,
     chain_name,
-    closed_ports,
-    express,
-    parse_save,
     plain_label,
-    render,
-    same_rule,
     shares,
 )
-from dataplane.model import Family, Masquerade, RealServer, VirtualServer, parse_address, parse_network
+from dataplane.model import (
+    Family,
+    Kind,
+    Masquerade,
+    NoServers,
+    RealServer,
+    VirtualAddress,
+    VirtualServer,
+    disjoint,
+    parse_address,
+    parse_network,
+)
 
 from .words import at, server
 
@@ -68,11 +79,13 @@ def test_shares_follow_the_weights(weights: list[int]) -> None:
         assert taken == pytest.approx(weight / total if total else 0, abs=1e-7)
 
 
+CLUSTERS = tuple(map(parse_network, ("10.1.0.0/16", "10.2.0.0/16", "fd00::/16")))
 FORMS = [
-    Form(classic, everyone, tuple(map(parse_network, clusters)))
+    Form(classic, everyone, *inside, services)
     for classic in (True, False)
     for everyone in (True, False)
-    for clusters in ((), ("10.1.0.0/16",), ("10.1.0.0/16", "10.2.0.0/16", "fd00::/16"))
+    for inside in (((), "", ""), (CLUSTERS[:1], "", ""), (CLUSTERS, "", ""), ((), "br0", ""), ((), "br0", "veth"))
+    for services in ((), tuple(map(parse_network, ("10.9.0.0/16", "fd00::/112"))))
 ]
 LABELS = st.one_of(
     st.just(""), st.from_regex(r"[a-z]{1,4}/[a-z]{1,4}(:[a-z]{1,3})?", fullmatch=True), st.text(max_size=9)
@@ -85,13 +98,50 @@ def servers(draw: st.DrawFn) -> VirtualServer:
     ends = draw(st.dictionaries(st.integers(1, 250), st.sampled_from((0, 1, 1, 2, 65535)), max_size=5))
     reals = (RealServer(parse_address(f"fd00::{n:x}" if six else f"10.0.0.{n}"), 80, w, True) for n, w in ends.items())
     where = at(f"{draw(st.sampled_from(('TCP', 'UDP', 'SCTP')))} {'[fd00::1]' if six else '10.9.0.1'}:80")
+    kind = draw(st.sampled_from(list(Kind)))
+    ranges = ("fd00::/16", "fd00:2::1") if six else ("203.0.113.0/25", "10.0.0.0/8", "1.2.3.4")
     return VirtualServer(
         where,
         tuple(sorted(reals)),
         persistence=draw(st.sampled_from((0, 1, 10800))),
         masquerade=draw(st.sampled_from(list(Masquerade))),
+        no_servers=draw(st.sampled_from(list(NoServers))),
         label=draw(LABELS),
+        kind=kind,
+        allowed=disjoint(map(parse_network, draw(st.lists(st.sampled_from(ranges), max_size=3)))),
     )
+
+
+class Simulated:
+    """The tables of one family, and iptables-restore --noflush as far as our text needs it, with what it refuses."""
+
+    def __init__(self) -> None:
+        self.tables: dict[str, Table] = {}
+
+    def restore(self, lines: list[str]) -> None:
+        table = Table()
+        for line in lines:
+            word, _, rest = line.partition(" ")
+            name, _, rule = rest.partition(" ")
+            if word.startswith("*"):
+                table = self.tables.setdefault(word[1:], Table())
+            elif word.startswith(":"):
+                table.chains[word[1:]] = []
+            elif word in ("-A", "-I"):
+                target = rule.rpartition(" -j ")[2].split()[0] if "-j " in rule else "RETURN"
+                assert not target.startswith("KUBE-") or target in {*table.chains, MARK_MASQ, MARK_CLIENTS}, line
+                table.chains[name].insert(0 if word == "-I" else len(table.chains[name]), rule)
+            elif word == "-D":
+                table.chains[name].remove(rule)
+            elif word == "-X":
+                assert not table.chains.pop(name)
+            else:
+                assert word in ("#", "COMMIT"), line
+        for one in self.tables.values():
+            for chain, rules in one.chains.items():
+                for rule in rules:
+                    target = rule.rpartition("-j ")[2].split()[0]
+                    assert not SERVICE_CHAIN.fullmatch(target) or target in one.chains, (chain, rule)
 
 
 @given(st.sampled_from(FORMS), servers())
@@ -99,40 +149,164 @@ def test_what_is_written_reads_back(form: Form, one: VirtualServer) -> None:
     wanted = express(form, one)
     assert express(form, wanted) == wanted
     family = Family.IPV6 if len(one.at.address) == 16 else Family.IPV4
-    script = Books(form, family).compose([(one.at, wanted)], whole=True)
-    tables: dict[str, Table] = {}
-    for line in script.lines:
-        if line.startswith("*"):
-            table = tables.setdefault(line[1:], Table())
-        elif line.startswith(":"):
-            table.chains[line[1:].split()[0]] = []
-        elif line.startswith("-A"):
-            _, chain, rule = line.split(" ", 2)
-            table.chains[chain].append(rule)
-    books = Books.read(form, family, tables)
-    assert [held.server for held in books.held.values()] == [wanted]
+    kernel = Simulated()
+    kernel.restore(Books(form, family).compose([(one.at, wanted)], whole=True).lines)
+    books = Books.read(form, family, kernel.tables)
+    assert books.held == {one.at: wanted}
     assert books.tidy
-    assert books.orphans == []
+    assert books.orphans == frozenset()
     assert books.compose([(one.at, wanted)]).lines == []
     gone = books.compose([(one.at, None)])
     assert len(gone.lines) >= 4
     books.apply(gone)
-    assert (books.held, books.owners, books.closed, dict(books.uses)) == ({}, {}, set(), {})
+    assert (books.held, books.groups, dict(books.uses)) == ({}, {}, {})
+    kernel.restore(gone.lines)
+    assert not [name for table in kernel.tables.values() for name in table.chains if SERVICE_CHAIN.fullmatch(name)]
 
 
-def test_two_servers_of_one_name_have_chains_of_their_own() -> None:
-    books = Books(CLASSIC, Family.IPV4)
-    one, two = (express(CLASSIC, server(f"TCP 10.0.0.{n}:80 rr label=a/b -> 10.1.0.1:80")) for n in (1, 2))
-    books.apply(books.compose([(one.at, one), (two.at, two)]))
-    first, second = (books.held[each.at].chains for each in (one, two))
-    assert not set(first) & set(second)
-    # the name passes on when its owner goes in the same change, and the chains stay
-    books = Books(CLASSIC, Family.IPV4)
-    books.apply(books.compose([(one.at, one)]))
-    script = books.compose([(one.at, None), (two.at, two)])
-    assert not [line for line in script.lines if line.startswith("-X")]
+ADDRESSES = [
+    (Kind.CLUSTER_IP, "10.9.0.1:80"),
+    (Kind.CLUSTER_IP, "10.9.0.2:80"),
+    (Kind.NODE_PORT, "192.168.0.2:30080"),
+    (Kind.NODE_PORT, "192.168.1.2:30080"),
+    (Kind.EXTERNAL_IP, "1.2.3.3:80"),
+    (Kind.LOAD_BALANCER, "1.2.3.4:80"),
+    (Kind.LOAD_BALANCER, "1.2.3.5:80"),
+]
+
+
+@st.composite
+def states(draw: st.DrawFn) -> dict[VirtualAddress, VirtualServer]:
+    """A ServicePort's virtual servers, mostly as `desired` makes them and some as no Service has them; and others."""
+    some = st.lists(st.integers(1, 4), max_size=3, unique=True)
+    cluster, local = (
+        tuple(sorted(RealServer(parse_address(f"10.244.0.{n}"), 80, draw(st.sampled_from((1, 1, 1, 0)))) for n in each))
+        for each in (draw(some), draw(some))
+    )
+    sticky, external = draw(st.sampled_from((0, 0, 300))), draw(st.sampled_from((Masquerade.NODE, Masquerade.ALWAYS)))
+    allowed = disjoint(map(parse_network, draw(st.sampled_from(([], ["203.0.113.0/25", "1.2.3.4"])))))
+    found = {}
+    for kind, where in draw(st.lists(st.sampled_from(ADDRESSES), unique=True)):
+        odd = draw(st.integers(0, 9)) == 0
+        plain = kind is Kind.CLUSTER_IP
+        reals = local if odd or draw(st.booleans()) else cluster
+        one = VirtualServer(
+            at(f"TCP {where}"),
+            reals,
+            persistence=draw(st.sampled_from((0, 60))) if odd else sticky,
+            masquerade=draw(st.sampled_from(list(Masquerade))) if odd else Masquerade.DETECT if plain else external,
+            no_servers=draw(st.sampled_from(list(NoServers))),
+            label="other/name" if odd else "a/b:http",
+            kind=kind,
+            allowed=allowed if kind is Kind.LOAD_BALANCER or odd else (),
+        )
+        found[one.at] = one
+        if not plain and any(real.weight for real in cluster) and draw(st.booleans()):
+            inside = replace(one, at=one.at._replace(inside=True), real_servers=cluster, allowed=())
+            found[inside.at] = inside
+            if draw(st.integers(0, 9)) == 0:
+                del found[one.at]
+    return found
+
+
+@settings(deadline=None)
+@given(st.sampled_from(FORMS), st.lists(states(), min_size=2, max_size=4), st.randoms())
+def test_every_state_of_a_service_follows_every_other(
+    form: Form, sequence: list[dict[VirtualAddress, VirtualServer]], rng: random.Random
+) -> None:
+    kernel = Simulated()
+    books = Books(form, Family.IPV4)
+    kernel.restore(books.compose((), whole=True).lines)
+    for state in sequence:
+        aim = {where: express(form, one) for where, one in state.items()}
+        changes = [(where, aim.get(where)) for where in {*aim, *books.held} if aim.get(where) != books.held.get(where)]
+        places = sorted({where[:3] for where, _ in changes})
+        rng.shuffle(changes)
+        # in two steps, as when something was refused; what is at one address and port has one name at any time
+        first = set(rng.sample(places, rng.randint(0, len(places))))
+        for now in (True, False):
+            part = [(where, one) for where, one in changes if (where[:3] in first) is now]
+            script = books.compose(part)
+            assert all(set(blamed) <= {where for where, _ in part} for _, _, blamed in script.blame)
+            kernel.restore(script.lines)
+            books.apply(script)
+            seen = Books.read(form, Family.IPV4, kernel.tables)
+            assert (seen.held, seen.damage, seen.orphans, seen.tidy) == (books.held, {}, frozenset(), True)
+            assert {name: set(members) for name, members in seen.groups.items()} == {
+                name: set(members) for name, members in books.groups.items()
+            }
+        assert books.held == aim
+
+
+@settings(deadline=None)
+@given(st.sampled_from(FORMS), states(), st.randoms())
+def test_one_rule_less_or_moved_is_seen_and_mended(
+    form: Form, state: dict[VirtualAddress, VirtualServer], rng: random.Random
+) -> None:
+    aim = {where: express(form, one) for where, one in state.items()}
+    kernel = Simulated()
+    kernel.restore(Books(form, Family.IPV4).compose(list(aim.items()), whole=True).lines)
+    whole = {name: {chain: sorted(r) for chain, r in one.chains.items()} for name, one in kernel.tables.items()}
+    table = rng.choice(sorted(kernel.tables))
+    rules = kernel.tables[table].chains
+    chain = rng.choice(sorted(name for name in rules if rules[name]))
+    if rng.random() < 0.5:
+        rules[chain].pop(rng.randrange(len(rules[chain])))
+    else:
+        rules[chain][rng.randrange(len(rules[chain]))] = "-j RETURN"
+    books = Books.read(form, Family.IPV4, kernel.tables)
+    different = [(where, aim.get(where)) for where in {*aim, *books.held} if aim.get(where) != books.held.get(where)]
+    assert different or not books.tidy or books.orphans
+    if not books.tidy or books.orphans:  # what `prepare` does
+        script = books.compose((), whole=True)
+        kernel.restore(script.lines)
+        books.apply(script)
+    script = books.compose(different)
+    kernel.restore(script.lines)
     books.apply(script)
-    assert books.held[two.at].chains == first
+    assert books.held == aim
+    assert {name: {c: sorted(r) for c, r in one.chains.items()} for name, one in kernel.tables.items()} == whole
+    assert Books.read(form, Family.IPV4, kernel.tables).held == aim
+
+
+def brought(books: Books, *texts: str) -> tuple[list[str], dict[str, VirtualServer]]:
+    """The lines that bring books to these servers, after which they hold them."""
+    aim = [express(books.form, server(text)) for text in texts]
+    wanted = [(one.at, one) for one in aim]
+    gone = [(where, None) for where in books.held if where not in dict(wanted)]
+    script = books.compose([*wanted, *gone])
+    books.apply(script)
+    return script.lines, {str(one.at): one for one in aim}
+
+
+def test_two_servers_of_one_name_that_differ_have_chains_of_their_own() -> None:
+    books = Books(CLASSIC, Family.IPV4)
+    brought(books, "TCP 10.0.0.1:80 rr label=a/b -> 10.1.0.1:80", "TCP 10.0.0.2:80 rr label=a/b -> 10.1.0.2:80")
+    ((one, two),) = books.sites()
+    assert (one.seed, two.seed) == ("a/b:tcp", "a/b:tcp@10.0.0.2:80")
+    # the name passes on when its owner goes in the same change
+    lines, _ = brought(books, "TCP 10.0.0.2:80 rr label=a/b -> 10.1.0.2:80")
+    ((two,),) = books.sites()
+    assert two.seed == "a/b:tcp"
+    assert f"-X {chain_name('SVC', 'a/b:tcp@10.0.0.2:80')}" in lines
+
+
+def test_an_endpoint_of_many_addresses_is_sent_once() -> None:
+    books = Books(CURRENT, Family.IPV4)
+    nodes = [f"TCP 192.168.0.{n}:30080 NodePort always label=a/b" for n in range(1, 30)]
+    where = ["TCP 10.0.0.1:80 rr label=a/b", "TCP 1.2.3.4:80 LoadBalancer always label=a/b", *nodes]
+    brought(books, *(f"{each} -> 10.1.0.1:80" for each in where))
+    lines, _ = brought(books, *(f"{each} -> 10.1.0.1:80, 10.1.0.2:80" for each in where))
+    assert [line.partition(" ")[0] for line in lines if "#" not in line] == [
+        "*nat", f":{chain_name('SVC', 'a/btcp')}", f":{chain_name('SEP', 'a/btcp10.1.0.2:80')}",
+        "-A", "-A", "-A", "-A", "COMMIT",
+    ]  # fmt: skip
+    lines, _ = brought(books, *(f"{each} -> 10.1.0.1:80, 10.1.0.2:80" for each in where[:-1]))
+    (line,) = [line for line in lines if line.startswith("-")]
+    assert line == (
+        f'-D {NODEPORTS} -d 192.168.0.29/32 -p tcp -m comment --comment "a/b" -m tcp --dport 30080 '
+        f"-j {chain_name('EXT', 'a/btcp')}"
+    )
 
 
 def test_a_comment_with_a_newline_is_one_line_and_no_rule() -> None:
@@ -151,10 +325,13 @@ def test_a_label_is_plain_or_dropped(label: str) -> None:
     kept = plain_label(label)
     assert kept in ("", label)
     assert all(c.isascii() and (c.isalnum() or c in "._:/-") for c in kept)
-    rules = render(
-        CURRENT, VirtualServer(at("TCP 10.0.0.1:80"), (RealServer(parse_address("10.1.0.1"), 80),), label=label), "s"
-    )
-    assert all(rule.count('"') == 2 for chain in rules.chains.values() for rule in chain)
+    one = VirtualServer(at("TCP 10.0.0.1:80"), (RealServer(parse_address("10.1.0.1"), 80),), label=label)
+    for kind in Kind:
+        for reals in (one.real_servers, ()):
+            rendered = render(CURRENT, [replace(one, kind=kind, real_servers=reals, allowed=CLUSTERS[:1])])
+            rules = [rule for chain in rendered.chains.values() for rule in chain]
+            rules += [line.rule for line in rendered.lines]
+            assert all(rule.count('"') in (0, 2) for rule in rules)
 
 
 def test_versions_of_iptables_print_one_rule_in_different_ways() -> None:
@@ -168,12 +345,11 @@ def test_versions_of_iptables_print_one_rule_in_different_ways() -> None:
 
 def test_a_portal_whose_chain_is_not_right_is_damaged_and_rewritten() -> None:
     one = express(CLASSIC, server("TCP 10.0.0.1:80 rr label=a/b -> 10.1.0.1:80, 10.1.0.2:80"))
-    rendered = render(CLASSIC, one, "a/b:tcp")
-    chains = {name: list(rules) for name, rules in rendered.chains.items()} | {SERVICES: [rendered.portal]}
-    (svc,) = [name for name in chains if "SVC" in name]
-    chains[svc].reverse()
-    filters = Table({SERVICES: [CLOSED], CLUSTER_IPS: [closed_ports(one.at.address)]})
-    books = Books.read(CLASSIC, Family.IPV4, {"nat": Table(chains), "filter": filters})
+    kernel = Simulated()
+    kernel.restore(Books(CLASSIC, Family.IPV4).compose([(one.at, one)], whole=True).lines)
+    (svc,) = [name for name in kernel.tables["nat"].chains if "SVC" in name]
+    kernel.tables["nat"].chains[svc].reverse()
+    books = Books.read(CLASSIC, Family.IPV4, kernel.tables)
     assert books.tidy
-    assert books.held[one.at].server.scheduler == DAMAGED
+    assert books.held[one.at].scheduler == DAMAGED
     assert f":{svc} - [0:0]" in books.compose([(one.at, one)]).lines

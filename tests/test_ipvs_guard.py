@@ -4,6 +4,7 @@ import contextlib
 import errno
 import itertools
 import json
+import re
 import socket
 import struct
 import threading
@@ -18,15 +19,19 @@ from hypothesis import strategies as st
 from dataplane import netlink_nftables as nft
 from dataplane import procfs_sysctl
 from dataplane.errors import KernelError
-from dataplane.ipvs_guard import TABLE, Elements, Guard, GuardOptions, owner_comment, parse, render
+from dataplane.ipvs_guard import TABLE, Guard, owner_comment, text
+from dataplane.ipvs_ledger import Elements
 from dataplane.model import Address, Masquerade, VirtualAddress, parse_address, parse_network
 from dataplane.netlink_route import VipBinding, VipDevice, VipRoutes
 from dataplane.netlink_socket import NETLINK_NETFILTER, NETLINK_ROUTE, NetlinkSocket
+from dataplane.nft_clients import Clients
+from dataplane.nft_skeleton import parse
 from tests.netns import NetNs, Topology
 
 TCP, UDP = 6, 17
 WEB = VirtualAddress(TCP, parse_address("10.0.1.175"), 80)
 DNS = VirtualAddress(UDP, parse_address("fd00::1"), 53)
+WEB_INSIDE, DNS_INSIDE = WEB._replace(inside=True), DNS._replace(inside=True)
 POD = parse_address("10.244.0.10")
 CIDRS = (parse_network("10.244.0.0/16"), parse_network("fd00:244::/64"))
 
@@ -34,12 +39,25 @@ CIDRS = (parse_network("10.244.0.0/16"), parse_network("fd00:244::/64"))
 def everything() -> Elements:
     """Something in every set."""
     return Elements(
-        servers={WEB: "default/web:http", DNS: ""},
+        servers={WEB: "default/web:http", DNS: "(LoadBalancer)", WEB_INSIDE: "default/web:http", DNS_INSIDE: ""},
         vips={WEB.address, DNS.address},
         hairpins={POD, parse_address("fd00:244::10")},
+        external={WEB, DNS},
+        refused={DNS},
         dropped={WEB, DNS},
+        inside={WEB_INSIDE, DNS_INSIDE},
+        marks={WEB_INSIDE: 0xDA700001, DNS_INSIDE: 0xDA700002},
+        ranged={WEB, DNS},
+        allowed={
+            WEB: tuple(map(parse_network, ("10.0.0.0/8", "203.0.113.0/25", "203.0.113.200"))),
+            DNS: tuple(map(parse_network, ("2001:db8::/32", "fd00::5/128"))),
+        },
         masquerade={WEB: Masquerade.ALWAYS, DNS: Masquerade.NODE},
-        draining={(WEB, POD, 8080): 86_400, (DNS, parse_address("fd00:244::10"), 53): 30},
+        draining={
+            (WEB, POD, 8080): 86_400,
+            (WEB_INSIDE, POD, 8080): 60,
+            (DNS, parse_address("fd00:244::10"), 53): 30,
+        },
     )
 
 
@@ -47,33 +65,33 @@ def everything() -> Elements:
 
 
 def test_every_rule_has_a_comment_with_the_hash_of_the_whole_text() -> None:
-    text = render(GuardOptions())
-    rules = [line.strip() for line in text.splitlines() if line.startswith("\t\t") and "policy accept" not in line]
+    written = text(Clients())
+    rules = [line.strip() for line in written.splitlines() if line.startswith("\t\t") and "policy accept" not in line]
     marks = {line[-11:-2] for line in rules}
-    assert len(rules) == sum(map(len, parse(text).rules.values())) >= 20
+    assert len(rules) == sum(map(len, parse(written).rules.values())) >= 20
     assert len(marks) == 1
-    assert marks != {line[-11:-2] for line in render(GuardOptions(masquerade_all=True)).splitlines() if "masq" in line}
-    assert "@options@" not in text
+    assert marks != {line[-11:-2] for line in text(Clients(masquerade_all=True)).splitlines() if "masq" in line}
+    assert "@" not in re.sub(r"@(?=[a-z_]+[46]\b)", "", written)
 
 
 def test_options_become_rules() -> None:
-    local = GuardOptions(cluster_cidrs=(parse_network("10.0.0.0/8"), parse_network("172.16.0.0/12"), *CIDRS[1:]))
-    assert local.rules() == [
+    local = Clients(cluster_cidrs=(parse_network("10.0.0.0/8"), parse_network("172.16.0.0/12"), *CIDRS[1:]))
+    assert local.masquerade() == [
         'ip saddr != 10.0.0.0/8 ip saddr != 172.16.0.0/12 masquerade fully-random comment "a client from outside"',
         'ip6 saddr != fd00:244::/64 masquerade fully-random comment "a client from outside"',
     ]
-    assert GuardOptions(interface_prefix="cali").rules() == [
+    assert Clients(interface_prefix="cali").masquerade() == [
         'iifname != "cali*" masquerade fully-random comment "a client from outside"'
     ]
-    assert GuardOptions(bridge_interface="br0").rules()[0].startswith('iifname != "br0" masquerade')
-    assert len(GuardOptions(masquerade_all=True, cluster_cidrs=CIDRS).rules()) == 1
-    assert GuardOptions().rules() == []
+    assert Clients(bridge_interface="br0").masquerade()[0].startswith('iifname != "br0" masquerade')
+    assert len(Clients(masquerade_all=True, cluster_cidrs=CIDRS).masquerade()) == 1
+    assert Clients().masquerade() == []
 
 
 @pytest.mark.parametrize("name", ['br0"', "br0\n", "a b", "x" * 16, "@set", "{"])
 def test_an_interface_name_that_could_be_language_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match="interface name"):
-        render(GuardOptions(bridge_interface=name))
+        text(Clients(bridge_interface=name))
 
 
 @given(st.text())
@@ -109,7 +127,7 @@ def inside(netns: NetNs) -> Iterator[NetNs]:
 def guard(inside: NetNs) -> Iterator[Guard]:
     """The table with no options."""
     with NetlinkSocket(NETLINK_NETFILTER) as sock:
-        made = Guard(sock, GuardOptions())
+        made = Guard(sock, Clients())
         assert made.ensure()
         yield made
 
@@ -121,12 +139,12 @@ def listed(netns: NetNs) -> str:
 @pytest.mark.root
 def test_the_rules_are_written_once(inside: NetNs) -> None:
     with NetlinkSocket(NETLINK_NETFILTER) as sock:
-        guard = Guard(sock, GuardOptions(cluster_cidrs=CIDRS))
+        guard = Guard(sock, Clients(cluster_cidrs=CIDRS))
         assert not guard.exists()
         assert not guard.intact()
         assert guard.ensure()
         before = nft.read_generation(sock).id
-        again = Guard(sock, GuardOptions(cluster_cidrs=CIDRS))
+        again = Guard(sock, Clients(cluster_cidrs=CIDRS))
         assert again.intact()
         assert not again.ensure()
         assert nft.read_generation(sock).id == before
@@ -139,7 +157,7 @@ def test_the_rules_are_written_once(inside: NetNs) -> None:
 def test_other_options_replace_the_rules_and_keep_the_elements(inside: NetNs, guard: Guard) -> None:
     guard.commit(everything(), Elements())
     with NetlinkSocket(NETLINK_NETFILTER) as sock:
-        other = Guard(sock, GuardOptions(cluster_cidrs=CIDRS, interface_prefix="cali"))
+        other = Guard(sock, Clients(cluster_cidrs=CIDRS, interface_prefix="cali"))
         assert not other.intact()
         assert other.ensure()
         assert other.intact()
@@ -187,7 +205,7 @@ def test_what_is_committed_is_observed_and_shown_by_nft(inside: NetNs, guard: Gu
         "elements = { fd00::1 . udp . 53 }",
         "elements = { 10.244.0.10 . 10.244.0.10 }",
         "elements = { 10.0.1.175 . tcp . 80 : goto masquerade_always }",
-        "elements = { fd00::1 . udp . 53 : accept }",
+        "elements = { fd00::1 . udp . 53 : goto masquerade_node }",
         "10.0.1.175 . tcp . 80 . 10.244.0.10 . 8080 timeout 1d expires 23h59m59s",
     ):
         assert part in text
@@ -434,7 +452,7 @@ class Lab:
     def options(self, **options: object) -> Guard:
         """Write the guard for these options, with all that it needs to know."""
         with self.node.enter():
-            self.guard = Guard(self.netfilter, GuardOptions(**options))  # type: ignore[arg-type]
+            self.guard = Guard(self.netfilter, Clients(**options))  # type: ignore[arg-type]
             self.guard.delete()
             self.guard.ensure()
         addresses = [parse_address(vip) for vip in VIPS]

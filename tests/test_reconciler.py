@@ -238,3 +238,22 @@ def test_what_a_faulty_input_lacks_at_start_is_kept_until_the_input_is_whole() -
     reconciler.keep_unexplained(input_is_whole=True)
     assert reconciler.sync("input is whole").result == "committed"
     assert len(backend.servers) == 1
+
+
+def test_affinity_that_a_mode_remembers_for_each_address_is_told_once_with_the_services_name() -> None:
+    backend = FakeBackend()
+    backend.shares_affinity = False
+    plain = hostnames("10.244.1.7", affinity_seconds=60)
+    reconciler = start(backend, update(hostnames=plain))
+    assert reconciler.remarks() == ()  # one address
+    public = hostnames("10.244.1.7", affinity_seconds=60, external_ips=(split("203.0.113.9:1")[0],))
+    change(reconciler, update(hostnames=public))
+    (remark,) = reconciler.remarks()
+    assert remark.startswith("fake mode remembers a client's endpoint (sessionAffinity) for each address")
+    assert remark.endswith(": default/hostnames")
+    change(reconciler, update(hostnames=public))
+    assert reconciler.remarks() == ()
+    change(reconciler, update(hostnames=plain))
+    backend.shares_affinity = True
+    change(reconciler, update(hostnames=public))
+    assert reconciler.remarks() == ()

@@ -136,3 +136,31 @@ def _at_once(ours: Ours, stranger: Stranger, steps: int) -> None:
     finally:
         other.join()
     assert failures == []
+
+
+MEDDLING = (
+    "iptables-legacy -t nat -Z",
+    "iptables-nft -t filter -Z",
+    "iptables-legacy -P FORWARD DROP",
+    "ip6tables-nft -P FORWARD DROP",
+    "ip6tables-legacy -t nat -D OUTPUT -j THEIRS",
+    "iptables-nft -t nat -N KUBE-SVC-TOOSHORT",
+    "nft flush chain ip6 filter INPUT",
+    "nft insert rule ip nat POSTROUTING counter",
+    "nft add table ip dataplane-ipvs",
+)
+
+
+@pytest.mark.root
+def test_a_look_sees_what_somebody_changes(netns: NetNs) -> None:
+    """The other tests of this file see nothing only because there is nothing."""
+    stranger = Stranger(random.Random(7), (netns,), ipvs=False)
+    for _ in range(60):
+        stranger.act()
+    before = everything_else(netns, ipvs=False)
+    assert everything_else(netns, ipvs=False) == before
+    for command in MEDDLING:
+        netns.run(*command.split())
+        after = everything_else(netns, ipvs=False)
+        assert after != before, command
+        before = after

@@ -8,17 +8,25 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import UsageError
+from ..printable import printable
 from .options import FAILED, colours, common_options, emit, open_kernel, output_option, say, settle
 
 if TYPE_CHECKING:
     from ..backend import Backend
 
 
-def _complete_services(_ctx: click.Context, _: click.Parameter, incomplete: str) -> list[str]:
-    """Names from the kernel for the shell: in half a second or not at all, and never a word of complaint."""
+TOOLS = ("ipvsadm", "ipvsadm-save", "nft", "iptables")
+"""Forms that are a tool's own language: everything, and nothing of ours added."""
+
+
+def _complete_services(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[str]:
+    """Names from the kernel for the shell, of the mode that is named or of those that are there.
+
+    In half a second or not at all, and never a word of complaint.
+    """
     import signal
 
-    from ..configuration import Configuration
+    from . import options
 
     def give_up(*_: object) -> None:
         raise TimeoutError
@@ -26,10 +34,9 @@ def _complete_services(_ctx: click.Context, _: click.Parameter, incomplete: str)
     try:
         signal.signal(signal.SIGALRM, give_up)
         signal.setitimer(signal.ITIMER_REAL, 0.5)
-        backend = open_kernel(Configuration())
-        try:
-            labels = {server.label for server in backend.observe().servers.values()}
-        finally:
+        labels: set[str] = set()
+        for backend in options.modes_here(ctx.params.get("mode")):
+            labels |= {server.label for server in backend.observe().servers.values()}
             backend.close()
     except Exception:
         return []
@@ -42,7 +49,7 @@ def _complete_services(_ctx: click.Context, _: click.Parameter, incomplete: str)
 @click.command(short_help="Show what the kernel holds, with names.")
 @click.argument("services", nargs=-1, metavar="[SERVICE|VIP]...", shell_complete=_complete_services)
 @common_options
-@output_option("table", "wide", "json", "yaml", "jsonl", "name", "ipvsadm", "ipvsadm-save")
+@output_option("table", "wide", "json", "yaml", "jsonl", "name", *TOOLS)
 @click.option("--all", "everything", is_flag=True, help="Also what somebody else programmed.")
 @click.option("--no-headers", is_flag=True, help="Leave out the line of column names.")
 @click.option("-w", "--watch", is_flag=True, help="Show it again and again, until interrupted.")
@@ -71,11 +78,13 @@ def show(
     dataplane show --watch
     dataplane show -o json | jq '.services[].realServers[].address'
     dataplane show -o ipvsadm           byte for byte what `ipvsadm -ln` prints
+    dataplane show --mode nftables -o nft                what is ours, for nft -f
+    dataplane show --mode iptables -o iptables           what is ours, for iptables-restore
 
     Read from the kernel, no agent needed. CONNS counts all connections that a real server was ever given.
     """
-    if services and output.startswith("ipvsadm"):
-        raise UsageError("-o ipvsadm and -o ipvsadm-save show everything, as ipvsadm does: leave out the names")
+    if services and output in TOOLS:
+        raise UsageError(f"-o {output} shows everything, as that tool does: leave out the names")
     backend = open_kernel(settle(config_file, given))
     looks = count or (0 if watch else 1)
     shown = 0
@@ -83,7 +92,7 @@ def show(
     try:
         while True:
             text, status = _shown(backend, services, output, everything, headers=not no_headers)
-            if shown and output in ("table", "wide", "ipvsadm"):
+            if shown and output in ("table", "wide", *TOOLS):
                 click.echo("\x1b[H\x1b[J" if colours() else "", nl=not colours())
             click.echo(text, nl=False)
             sys.stdout.flush()
@@ -101,8 +110,8 @@ def _shown(
     """The text of one look, and its exit status; what is only for people goes to stderr at once."""
     from .. import show_text
 
-    if output.startswith("ipvsadm"):
-        return _ipvsadm(backend, output), 0
+    if output in TOOLS:
+        return (_ipvsadm if output.startswith("ipvsadm") else _script)(backend, output), 0
     reports = [report for report in backend.report() if report.ours or everything]
     rows = show_text.service_rows(reports, backend.clocks())
     picked = show_text.chosen(rows, services)
@@ -133,6 +142,14 @@ def _ipvsadm(backend: "Backend", output: str) -> str:
         return ipvsadm_text.rules(listing())
     version, size = info()
     return ipvsadm_text.table(listing(), version, size)
+
+
+def _script(backend: "Backend", output: str) -> str:
+    """What is ours as a script for the tool."""
+    text = backend.text(output)
+    if text is None:
+        raise UsageError(f"-o {output} is not for --mode {backend.mode}")
+    return "".join(printable(line.expandtabs(), 1 << 20) + "\n" for line in text.splitlines())
 
 
 @click.command(short_help="Ask the running agent how it is.")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from ..errors import InputError, NotRoot, UsageError
+from ..errors import InputError, NotRoot, PreflightError, UsageError
 from ..printable import printable
 
 if TYPE_CHECKING:
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ..configuration import Configuration
     from ..desired import Rules
     from ..manifest_files import ManifestFiles
+    from ..mode_switch import ModeSwitch, Tell
     from ..reconciler import Reconciler
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -256,6 +257,49 @@ def make_reconciler(settings: "Configuration", backend: "Backend") -> "Reconcile
     with contextlib.closing(SettledNode(settings)) as node:
         rules = node.rules()
     return Reconciler(backend, rules, allow_mass_delete=settings.allow_mass_delete, flow_table=Conntrack())
+
+
+def open_switch(settings: "Configuration", reconciler: "Reconciler", tell: "Tell") -> "ModeSwitch":
+    """What lets go of the other modes, which an earlier agent may have left here."""
+    from ..mode_switch import ModeSwitch
+
+    return ModeSwitch(
+        reconciler,
+        *_openers(settings),
+        tell,
+        drain_seconds=settings.drain_seconds,
+        allow_mass_delete=settings.allow_mass_delete,
+    )
+
+
+def other_modes(settings: "Configuration") -> "list[Backend]":
+    """The backends, open, of other modes that hold something here."""
+    from ..mode_switch import leftovers
+
+    return leftovers(*_openers(settings))
+
+
+def modes_here(mode: str | None) -> "list[Backend]":
+    """The backends, open, of all modes that hold something here, or of one; [] for who may not look."""
+    from .. import backend
+    from ..mode_switch import leftovers
+
+    return leftovers([mode] if mode else backend.MODES, backend.open_leftover) if has_net_admin() else []
+
+
+def _openers(settings: "Configuration") -> "tuple[list[str], Callable[[str], Backend]]":
+    """The other modes and this one in another place, and how one is opened as it was left here."""
+    from .. import backend
+
+    def opener(mode: str) -> "Backend":
+        if mode != settings.mode:
+            return backend.open_leftover(mode, settings.options())
+        beside = backend.open_beside(mode, settings.options())
+        if beside is None:
+            raise PreflightError(f"{mode} mode is in no other place")
+        return beside
+
+    return list(backend.MODES), opener
 
 
 def emit(value: object, output: str) -> None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..errors import PreflightError
 from .options import (
     BAD_INPUT,
     DIFFERS,
@@ -19,6 +20,8 @@ from .options import (
     make_reconciler,
     open_kernel,
     open_source,
+    open_switch,
+    other_modes,
     output_option,
     say,
     say_problems,
@@ -68,9 +71,17 @@ def run(ctx: click.Context, /, config_file: str | None, **given: Any) -> None:
     try:
         if source.notice:
             log.warning("slow input", notice=source.notice)
-        with contextlib.closing(SettledNode(settings)) as node:
-            agent = Agent(reconciler, source, AgentOptions(resync_seconds=settings.resync_seconds), log, node)
-            asyncio.run(agent.run())
+
+        def tell(step: str, *, warning: bool = False, **fields: object) -> None:
+            (log.warning if warning else log.info)("switch", step=step, **fields)
+
+        switch = open_switch(settings, reconciler, tell)
+        try:
+            with contextlib.closing(SettledNode(settings)) as node:
+                options = AgentOptions(resync_seconds=settings.resync_seconds)
+                asyncio.run(Agent(reconciler, source, options, log, node, switch).run())
+        finally:
+            switch.close()
     finally:
         backend.close()
 
@@ -113,12 +124,16 @@ def apply(config_file: str | None, output: str, dry_run: bool, **given: Any) -> 
     try:
         with agent_lock():
             reconciler = make_reconciler(settings, backend)
+            switch = open_switch(settings, reconciler, _say_step)
             only = _keeps(source.read(), reconciler, settings)
-            backend.prepare()
+            backend.prepare(switch.look())
             reconciler.observe()
             report = reconciler.sync("apply", only)
             # what is only kept must not begin to drain because one of its real servers does
             drained = reconciler.draining_pass() if only is None else None
+            switch.step(input_is_whole=not source.problems)
+            leaving, stuck = list(map(str, switch.leaving)), switch.stuck
+            switch.close()
             flows_error = _clean_flows(reconciler)
     finally:
         backend.close()
@@ -136,7 +151,8 @@ def apply(config_file: str | None, output: str, dry_run: bool, **given: Any) -> 
         fields = {**sync_fields(report, backend.mode), "deletes": deletes, "failed": list(map(str, failed))}
         fields |= {"blocked": list(map(str, report.blocked)), "heldBack": report.held_back}
         fields.pop("held_back", None)
-        fields |= {"draining": draining, "kept": kept, "problems": problem_documents(problems)}
+        fields |= {"draining": draining, "kept": kept, "leavingModes": leaving}
+        fields |= {"problems": problem_documents(problems)}
         emit({"schemaVersion": SCHEMA_VERSION, **fields}, output)
     if draining:
         say(
@@ -144,13 +160,15 @@ def apply(config_file: str | None, output: str, dry_run: bool, **given: Any) -> 
             if draining == 1
             else f"{draining} real servers drain; they go when you run apply again or an agent runs"
         )
+    for each in leaving:
+        say(f"of another mode is still here: {each}; it goes when you run apply again or an agent runs")
     say_problems(problems)
-    for error in failed:
-        say(str(error))
+    for text in (*reconciler.remarks(), *map(str, failed)):
+        say(text)
     if flows_error:
         say(f"UDP clients may be stuck to real servers that are gone: {flows_error}")
     _say_kept(kept)
-    incomplete = _say_withheld(report.blocked, report.held_back)
+    incomplete = _say_withheld(report.blocked, report.held_back) or stuck
     return FAILED if failed or incomplete or flows_error else BAD_INPUT if problems else 0
 
 
@@ -166,6 +184,11 @@ def _clean_flows(reconciler: "Reconciler") -> str:
     if swept is not None and swept.deleted:
         say(f"{swept.deleted} conntrack entries of UDP clients led to what is gone: deleted")
     return ""
+
+
+def _say_step(step: str, *, warning: bool = False, **fields: object) -> None:
+    """Tell a step of a switch of modes."""
+    say(" ".join([f"switch: {step}", *(f"{name.replace('_', ' ')} {value}" for name, value in fields.items())]))
 
 
 def _kept(reconciler: "Reconciler") -> int:
@@ -211,6 +234,19 @@ def diff(config_file: str | None, output: str, **given: Any) -> int:
     return _diff(settle(config_file, given), output)
 
 
+def _others(settings: "Configuration") -> dict[str, int]:
+    """Other modes that are here, with their virtual servers; apply would let them go."""
+    found = {}
+    for backend in other_modes(settings):
+        try:
+            found[backend.mode] = len(backend.observe().servers)
+        except PreflightError:
+            found[backend.mode] = 0  # the kernel has lost the mechanism itself
+        finally:
+            backend.close()
+    return found
+
+
 def _diff(settings: "Configuration", output: str) -> int:
     from ..show_text import (
         SCHEMA_VERSION,
@@ -229,11 +265,12 @@ def _diff(settings: "Configuration", output: str) -> int:
         reconciler.observe()
         plan = reconciler.plan(only)
         text = str(backend.compile(plan)) if plan else ""
+        others = _others(settings)
     finally:
         backend.close()
     problems = (*source.problems, *reconciler.problems)
     held_back = len(reconciler.held_back)
-    in_sync = not (plan or plan.blocked or held_back)
+    in_sync = not (plan or plan.blocked or held_back or others)
     kept = 0 if only is None else _kept(reconciler)
     if output == "table":
         held = reconciler.held.servers.values()
@@ -243,6 +280,8 @@ def _diff(settings: "Configuration", output: str) -> int:
             else f"in sync: {plural(len(held), 'virtual server')}, "
             f"{plural(sum(len(server.real_servers) for server in held), 'real server')}"
         )
+        for mode, count in others.items():
+            click.echo(f"{mode} mode goes, when {backend.mode} mode holds all this: {plural(count, 'virtual server')}")
         click.echo(transaction_text(text, colour=colours()), nl=False)
     else:
         adds, sets, deletes = plan.counts()
@@ -256,6 +295,7 @@ def _diff(settings: "Configuration", output: str) -> int:
                 "deletes": deletes,
                 "objects": plan_objects(plan),
                 "blocked": list(map(str, plan.blocked)),
+                "otherModes": [{"mode": mode, "virtualServers": count} for mode, count in others.items()],
                 "heldBack": held_back,
                 "kept": kept,
                 "transaction": text,

@@ -1,8 +1,10 @@
 """check, doctor, cleanup, and what helps beside."""
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from .. import __version__
 from ..errors import UsageError
@@ -17,6 +19,7 @@ from .options import (
     kernel_options,
     open_kernel,
     open_source,
+    other_modes,
     output_option,
     say_problems,
     settle,
@@ -30,15 +33,17 @@ if TYPE_CHECKING:
 
 @click.command(short_help="Take everything of ours out of the kernel.")
 @common_options
+@click.option("--all", "everything", is_flag=True, help="Every mode; also what happens without --mode.")
 @click.option("--dry-run", is_flag=True, help="Say what would go, and change nothing.")
 @click.option("--force", is_flag=True, help="Also while an agent runs (which puts it back).")
-def cleanup(config_file: str | None, dry_run: bool, force: bool, **given: Any) -> int:
+def cleanup(config_file: str | None, everything: bool, dry_run: bool, force: bool, **given: Any) -> int:
     """\b
-    dataplane cleanup
-    dataplane cleanup --dry-run
+    dataplane cleanup --all
+    dataplane cleanup --all --dry-run
+    dataplane cleanup --mode nftables
 
-    Removes the virtual servers, addresses, routes, devices and tables of every mode, or of --mode only. Needs no
-    manifests and no configuration, touches nothing of others, and may be run again at any time. Open connections
+    Removes the virtual servers, addresses, routes, devices, chains and tables of every mode, or of --mode only. Needs
+    no manifests and no configuration, touches nothing of others, and may be run again at any time. Open connections
     through removed virtual servers end.
     """
     import contextlib
@@ -50,11 +55,15 @@ def cleanup(config_file: str | None, dry_run: bool, force: bool, **given: Any) -
     settings = settle(config_file, given)
     if settings.mode not in MODES:
         open_kernel(settings)  # raises what every command says of such a mode
-    modes = [given["mode"]] if given.get("mode") else list(MODES)
+    told_on_the_line = click.get_current_context().get_parameter_source("mode") is ParameterSource.COMMANDLINE
+    if everything and told_on_the_line:
+        raise UsageError("--all is every mode, --mode one of them: say one of the two")
+    modes = [given["mode"]] if given.get("mode") and not everything else list(MODES)
     bindings = (settings.vip_binding,) if dry_run else VIP_BINDINGS
     with contextlib.nullcontext() if force or dry_run else agent_lock():
         for mode in modes:
-            told = [_clean(settings, mode, binding, dry_run) for binding in bindings]
+            leave = _needed_elsewhere(settings, modes)
+            told = [_clean(settings, mode, binding, dry_run, leave) for binding in bindings]
             for line in dict.fromkeys(filter(None, told)):
                 click.echo(f"{mode}: {line}")
             if not any(told):
@@ -62,7 +71,17 @@ def cleanup(config_file: str | None, dry_run: bool, force: bool, **given: Any) -
     return 0
 
 
-def _clean(settings: "Configuration", mode: str, binding: str, dry_run: bool) -> str:
+def _needed_elsewhere(settings: "Configuration", modes: Collection[str]) -> set[str]:
+    """Sysctls of modes that stay."""
+    names: set[str] = set()
+    for backend in other_modes(settings) if len(modes) == 1 else ():
+        if backend.mode.partition(" ")[0] not in modes:
+            names |= backend.settings().keys()
+        backend.close()
+    return names
+
+
+def _clean(settings: "Configuration", mode: str, binding: str, dry_run: bool, leave: Collection[str]) -> str:
     """Clean up after one mode with one way of binding VIPs; what went, "" when there was nothing."""
     import msgspec
 
@@ -77,11 +96,11 @@ def _clean(settings: "Configuration", mode: str, binding: str, dry_run: bool) ->
         except PreflightError:
             held = State()  # the kernel lacks the mechanism, so it holds nothing in it; the rest goes all the same
         plan = diff(held, {})
-        fixed = backend.intact()
+        fixed = backend.present()
         if dry_run:
             text = transaction_text(str(backend.compile(plan)), colour=colours()) if plan else ""
             return f"{plan_summary(plan)}\n{text}".rstrip() if plan else ""
-        backend.remove()
+        backend.remove(leave)
     finally:
         backend.close()
     if plan:

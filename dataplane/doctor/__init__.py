@@ -1,8 +1,9 @@
 """Can this machine do it, is it well, and what would mend it: a list of checks, each with the command that helps.
 
 What a mode needs is tried, not guessed: in a network namespace of its own, which a thread enters and which vanishes
-with that thread, a dummy device is made, virtual servers with each scheduler, and the guard table. Module lists, kernel
-configurations and versions lie (built in, not installed, back-ported, forbidden in a container).
+with that thread, a dummy device is made, virtual servers with each scheduler, the guard table, and a Service in each of
+the other modes. Module lists, kernel configurations and versions lie (built in, not installed, back-ported, forbidden
+in a container). What only other modes lack than the one that is asked about is a warning.
 """
 
 from collections.abc import Collection
@@ -22,11 +23,12 @@ def examine(settings: Configuration, *, capable: bool, agent: str = "", vips: Co
     else:
         reason = "no CAP_NET_ADMIN; what needs it is not tried"
         checks = [Check("capability", "fail", reason, "sudo dataplane doctor")]
-    checks += node.tools()
+    checks += node.tools(settings.mode)
     if capable:
-        checks += trials.in_thrown_away_namespace(trials.everything)
+        checks += trials.in_thrown_away_namespace(lambda: trials.everything(settings))
         checks += safely("loopback", node.loopback)
         checks += safely("state", lambda: node.state(settings, agent))
+        checks += safely("other modes", lambda: node.other_modes(settings, agent))
         checks += safely("VIPs", lambda: node.collisions(vips))
     checks += node.sysctls(settings, vips, agent, capable=capable)
     checks += node.conntrack()

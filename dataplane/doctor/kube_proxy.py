@@ -5,6 +5,7 @@ from pathlib import Path
 
 from .. import netlink_nftables as nft
 from ..errors import PreflightError, ToolError
+from ..iptables_text import MARKER
 from ..model import Family
 from ..netlink_socket import NETLINK_NETFILTER, NetlinkSocket
 from ..run_tool import run_tool
@@ -53,6 +54,8 @@ def _kube_chains() -> Iterator[Check]:
             except (ToolError, PreflightError):
                 continue  # this kernel has not that kind of tables, so it has no rules in them
             chains = [line.split()[0][1:] for line in rules.splitlines() if line.startswith(":KUBE-")]
+            if MARKER in chains:
+                continue  # our own iptables mode
             # the kubelet's own, which stay when kube-proxy is cleaned up
             chains = [name for name in chains if name not in ("KUBE-FIREWALL", "KUBE-KUBELET-CANARY")]
             if chains:

@@ -5,9 +5,10 @@ import importlib
 import os
 from collections.abc import Collection, Iterator
 
-from ..backend import open_backend
+from ..backend import MODES, open_backend, open_leftover
 from ..configuration import Configuration
 from ..errors import KernelError, PreflightError
+from ..mode_switch import leftovers
 from ..model import Address, format_address
 from ..netlink_route import DEVICE, Owner, VipDevice, addresses_by_link, link_by_name
 from ..netlink_socket import NETLINK_ROUTE, NetlinkSocket
@@ -23,24 +24,34 @@ from ..procfs_sysctl import (
 )
 from .check import Check, Status, which
 
-NEEDED_TOOLS = {"nft": "nftables", "modprobe": "kmod"}
+NEEDED_TOOLS = {
+    "ipvs": {"nft": "nftables", "modprobe": "kmod"},
+    "nftables": {"nft": "nftables"},
+    "iptables": {"iptables-restore": "iptables", "ip6tables-restore": "iptables"},
+}
+"""Programs that a mode itself calls, with their packages."""
 HELPFUL_TOOLS = {"ip": "iproute2", "ipvsadm": "ipvsadm", "conntrack": "conntrack"}
 BINDINGS = {"bcc": "python3-bpfcc", "nftables": "python3-nftables"}
 IFF_UP = 0x1
 CONNTRACK_WARN, CONNTRACK_FAIL = 0.80, 0.95
 
 
-def tools() -> Iterator[Check]:
-    for tools, missing in ((NEEDED_TOOLS, "fail"), (HELPFUL_TOOLS, "warn")):
-        for program, package in tools.items():
-            found = which(program)
-            if found:
-                yield Check(f"tool {program}", "ok", found)
-            elif missing == "fail":
-                yield Check(f"tool {program}", "fail", "not installed", f"apt-get install {package}")
-            else:
-                why = "not installed; only people need it"
-                yield Check(f"tool {program}", "warn", why, f"apt-get install {package}")
+def tools(mode: str) -> Iterator[Check]:
+    users: dict[str, list[str]] = {}
+    for each, programs in NEEDED_TOOLS.items():
+        for program in programs:
+            users.setdefault(program, []).append(each)
+    packages = {program: name for programs in NEEDED_TOOLS.values() for program, name in programs.items()}
+    for program, package in (packages | HELPFUL_TOOLS).items():
+        needed = users.get(program, [])
+        found = which(program)
+        if found:
+            yield Check(f"tool {program}", "ok", found)
+        elif mode in needed:
+            yield Check(f"tool {program}", "fail", "not installed", f"apt-get install {package}")
+        else:
+            whose = f"mode {' and '.join(needed)} needs it" if needed else "only people need it"
+            yield Check(f"tool {program}", "warn", f"not installed; {whose}", f"apt-get install {package}")
 
 
 def bindings() -> Iterator[Check]:
@@ -69,7 +80,8 @@ def state(settings: Configuration, agent: str) -> Iterator[Check]:
     with NetlinkSocket(NETLINK_ROUTE) as sock:
         owner = VipDevice(sock).owner()
     if owner is Owner.FOREIGN:
-        status: Status = "fail" if settings.vip_binding == "device" else "warn"
+        needed = settings.mode == "ipvs" and settings.vip_binding == "device"
+        status: Status = "fail" if needed else "warn"
         fix = f"kube-proxy --cleanup || ip link delete {DEVICE}"
         yield Check("device", status, f"{DEVICE} is there and not ours (kube-proxy's?)", fix)
     backend = open_backend(settings.mode, settings.options())
@@ -103,6 +115,24 @@ def state(settings: Configuration, agent: str) -> Iterator[Check]:
         yield Check("other servers", "ok", f"{len(held.foreign)} IPVS virtual servers of somebody else; left alone")
 
 
+def other_modes(settings: Configuration, agent: str) -> Iterator[Check]:
+    """What an earlier agent left in another mode than the one that is asked about."""
+    others = [mode for mode in MODES if mode != settings.mode]
+    for backend in leftovers(others, lambda mode: open_leftover(mode, settings.options())):
+        try:
+            amount = f"{len(backend.observe().servers)} virtual servers"
+        except (PreflightError, KernelError):
+            amount = "what it had set up"
+        finally:
+            backend.close()
+        mode = backend.mode
+        if agent:
+            yield Check("other modes", "ok", f"{mode} mode is here too ({amount}); the agent lets it go")
+        else:
+            fix = f"dataplane run --mode {settings.mode} -f PATH   # or: dataplane cleanup --mode {mode}"
+            yield Check("other modes", "warn", f"{mode} mode is here ({amount}) and no agent that lets it go", fix)
+
+
 def collisions(vips: Collection[Address]) -> Iterator[Check]:
     if not vips:
         return
@@ -122,7 +152,10 @@ def collisions(vips: Collection[Address]) -> Iterator[Check]:
 def sysctls(settings: Configuration, vips: Collection[Address], agent: str, *, capable: bool = True) -> Iterator[Check]:
     """What is not as wanted is a fault only when it will not be set, or was changed behind the agent's back."""
     kernel = running_kernel()
-    for change in check(IPVS_SYSCTLS + (STRICT_ARP_SYSCTLS if settings.strict_arp else ()), kernel):
+    wanted = IPVS_SYSCTLS + (STRICT_ARP_SYSCTLS if settings.strict_arp else ())
+    if settings.mode != "ipvs":
+        wanted = tuple(each for each in wanted if each.name == "net.ipv4.ip_forward")
+    for change in check(wanted, kernel):
         name = change.name
         path = ROOT / name.replace(".", "/")
         if not change.error:

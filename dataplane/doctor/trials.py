@@ -5,14 +5,20 @@ import ctypes
 import os
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 
-from ..errors import KernelError, PreflightError, ToolError
-from ..ipvs_guard import Guard, GuardOptions
+from ..backend import Options, open_backend
+from ..configuration import Configuration
+from ..errors import DataplaneError, KernelError, PreflightError, ToolError
+from ..ipvs_guard import Guard
 from ..ipvs_messages import FAMILY_NAME, Encoder
-from ..model import Address, Protocol, RealServer, VirtualAddress, VirtualServer, format_address, parse_address
+from ..model import Address, Family, Protocol, RealServer, VirtualAddress, VirtualServer, format_address, parse_address
 from ..netlink_route import DEVICE, VipDevice
 from ..netlink_socket import NETLINK_GENERIC, NETLINK_NETFILTER, NETLINK_ROUTE, NetlinkSocket, resolve_family
+from ..nft_clients import Clients
+from ..plan import diff
 from ..procfs_sysctl import read
+from ..run_iptables import Tools
 from ..run_tool import run_tool
 from .check import KERNEL_FIX, Check, Status, safely
 
@@ -42,10 +48,63 @@ def in_thrown_away_namespace(trials: Callable[[], Iterator[Check]]) -> list[Chec
     return done
 
 
-def everything() -> Iterator[Check]:
-    yield from safely("dummy device", try_device)
-    yield from safely("IPVS", try_ipvs)
-    yield from safely("nftables", try_guard)
+def everything(settings: Configuration) -> Iterator[Check]:
+    """What each mode needs; a failure of another mode than the one that is asked about is a warning."""
+    device = settings.mode == "ipvs" and settings.vip_binding == "device"
+    for mode, needed, name, trial in (
+        ("ipvs", device, "dummy device", try_device),
+        ("ipvs", settings.mode == "ipvs", "IPVS", try_ipvs),
+        ("ipvs", settings.mode == "ipvs", "guard table", try_guard),
+        ("nftables", settings.mode == "nftables", "mode nftables", partial(try_mode, "nftables", "mode nftables", "")),
+        ("iptables", settings.mode == "iptables", "iptables", partial(try_iptables, settings)),
+    ):
+        for found in safely(name, trial):
+            if found.status == "fail" and not needed:
+                yield found._replace(status="warn", detail=f"{found.detail} (mode {mode} needs it)")
+            else:
+                yield found
+
+
+def try_iptables(settings: Configuration) -> Iterator[Check]:
+    """The host's choice of back end, its version, and whether each back end works."""
+    chosen = "" if settings.iptables_tool == "auto" else settings.iptables_tool
+    tools = Tools(Family.IPV4, chosen)
+    whose = "as configured" if chosen else "the host's choice"
+    yield Check("iptables", "ok", f"{tools.flavour}, {whose}: {tools.version}")
+    for flavour in ("legacy", "nft"):
+        name = f"iptables {flavour}"
+        for found in safely(name, partial(try_mode, "iptables", name, flavour)):
+            if found.status == "fail" and flavour != tools.flavour:
+                yield found._replace(status="warn", detail=f"{found.detail} (not the one that is used)")
+            else:
+                yield found
+
+
+def try_mode(mode: str, name: str, tool: str) -> Iterator[Check]:
+    """A Service with affinity and one without endpoints, for both families, programmed and read back."""
+    backend = open_backend(mode, Options(iptables_tool=tool, masquerade_all=True))
+    try:
+        lacks = backend.prepare()
+        wanted = {}
+        for vip, real in (("192.0.2.1", "192.0.2.2"), ("2001:db8::1", "2001:db8::2")):
+            for port, reals, persistence in ((80, (RealServer(parse_address(real), 80),), 60), (81, (), 0)):
+                at = VirtualAddress(int(Protocol.TCP), parse_address(vip), port)
+                wanted[at] = backend.express(VirtualServer(at, reals, persistence=persistence))
+        outcome = backend.commit(backend.compile(diff(backend.observe(), wanted)))
+        held = backend.observe().servers
+        bad = [str(at) for at, server in wanted.items() if held.get(at) != server]
+        errors = [str(error) for error in outcome.failed.values()]
+    finally:
+        with contextlib.suppress(DataplaneError):
+            backend.remove()
+        backend.close()
+    for lack in lacks:
+        yield Check(name, "warn", lack)
+    if bad:
+        detail = f"these read back otherwise: {', '.join(bad)}" + (f" ({errors[0]})" if errors else "")
+        yield Check(name, "fail", detail, f"{KERNEL_FIX}  # netfilter with NAT, and the matches named here")
+    else:
+        yield Check(name, "ok", "Services can be programmed, with affinity, for IPv4 and IPv6")
 
 
 def try_device() -> Iterator[Check]:
@@ -123,19 +182,19 @@ def try_ipvs() -> Iterator[Check]:
 def try_guard() -> Iterator[Check]:
     version = run_tool(["nft", "--version"]).split()[1:2]
     with NetlinkSocket(NETLINK_NETFILTER) as sock:
-        guard = Guard(sock, GuardOptions(masquerade_all=True))
+        guard = Guard(sock, Clients(masquerade_all=True))
         try:
             guard.ensure()
         except ToolError as error:
             fix = f"modprobe -a nf_tables nft_ct nft_masq nft_reject_inet || {{ {KERNEL_FIX}; }}"
-            yield Check("nftables", "fail", f"the guard table cannot be loaded: {error}", fix)
+            yield Check("guard table", "fail", f"the guard table cannot be loaded: {error}", fix)
             return
         intact = guard.intact()
         guard.delete()
     name = " ".join(["nft", *version])
     if intact:
-        yield Check("nftables", "ok", f"{name} loads the guard table (sets, conntrack, masquerade, reject)")
+        yield Check("guard table", "ok", f"{name} loads the guard table (sets, conntrack, masquerade, reject)")
     else:
-        yield Check("nftables", "fail", f"{name} loads the guard table, but it reads back otherwise", "report a bug")
+        yield Check("guard table", "fail", f"{name} loads the guard table, but it reads back otherwise", "report a bug")
     if read("net.netfilter.nf_conntrack_max") is None:
         yield Check("conntrack", "fail", "connections are not tracked", f"modprobe nf_conntrack || {{ {KERNEL_FIX}; }}")

@@ -5,18 +5,24 @@ addresses are read from the kernel, as in `dataplane run`. Where the mode's opti
 objects, addresses and zone come as an update; else the agent is restarted over what it left in the kernel.
 """
 
+import asyncio
 import contextlib
 import json
+import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
+import structlog
 
 from dataplane.backend import Backend, Options, open_backend
 from dataplane.configuration import Configuration
-from dataplane.desired import Rules
+from dataplane.desired import HealthCheck, Rules
+from dataplane.health_responder import HealthResponder
 from dataplane.manifest_files import ManifestFiles
-from dataplane.model import VirtualServer
+from dataplane.model import ObjectName, VirtualServer
+from dataplane.netlink_conntrack import Conntrack
 from dataplane.netlink_node import NodeAddresses
 from dataplane.printable import printable
 from dataplane.reconciler import Reconciler, SyncReport
@@ -38,6 +44,22 @@ class Programmed(NamedTuple):
     restless: str
 
 
+class HealthServer:
+    """The agent's health responder in an event loop of its own thread, which is in this thread's network namespace."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, name="health", daemon=True).start()
+        self._responder = HealthResponder(structlog.get_logger(), healthy=lambda: True)
+
+    def follow(self, checks: Mapping[ObjectName, HealthCheck], rules: Rules) -> None:
+        """Listen on just these ports from now on; NotProgrammed when one cannot be had."""
+        work = self._responder.follow(checks, rules)
+        asyncio.run_coroutine_threadsafe(work, self._loop).result(10)
+        if troubles := [one for one in self._responder.status() if one["error"]]:
+            raise NotProgrammed(f"health checks: {troubles}")
+
+
 class CaseAgent:
     """One agent for many cases."""
 
@@ -51,6 +73,8 @@ class CaseAgent:
         self._options = Options()
         self._source: ManifestFiles
         self._reconciler: Reconciler
+        self._conntrack = Conntrack()
+        self._health = HealthServer()
 
     # ------------------------------------------------------------------------------------- a case's node, for the agent
 
@@ -79,6 +103,13 @@ class CaseAgent:
 
     def program(self, case: Case) -> Programmed:
         """Make the kernel hold what the case's objects say; NotProgrammed when it cannot be had."""
+        try:
+            return self._program(case)
+        except BaseException:
+            self.close()  # the next case finds an agent that starts
+            raise
+
+    def _program(self, case: Case) -> Programmed:
         self._write(case)
         settings = self.configuration(case)
         with contextlib.closing(NodeAddresses()) as node:
@@ -92,6 +123,7 @@ class CaseAgent:
             said = [*map(str, report.failed), *(f"{at}: blocked" for at in report.blocked)]
             raise NotProgrammed("; ".join(said) or f"{report.held_back} deletions held back")
         notes += map(str, (*self._source.problems, *self._reconciler.problems))
+        self._health.follow(self._reconciler.desired.health_checks, rules)
         return Programmed(tuple(printable(note, 500) for note in notes), self._second_sync())
 
     def _write(self, case: Case) -> None:
@@ -106,7 +138,7 @@ class CaseAgent:
         self._source = ManifestFiles([self._folder / "objects.json"])
         self._backend = open_backend(self.mode, options)
         self._options = options
-        self._reconciler = Reconciler(self._backend, rules, allow_mass_delete=True)
+        self._reconciler = Reconciler(self._backend, rules, allow_mass_delete=True, flow_table=self._conntrack)
         self._reconciler.take(self._source.read())
         lacks = self._backend.prepare()
         self._reconciler.observe()
@@ -133,9 +165,11 @@ class CaseAgent:
         held: list[VirtualServer] = list(self._reconciler.held.servers.values())
         return {server.persistence for server in held if server.persistence}
 
-    def reconcile_conntrack(self) -> bool:
-        """Have the agent delete wrong UDP entries of conntrack; False: it has no such thing yet."""
-        return False
+    def reconcile_conntrack(self) -> None:
+        """Have the agent delete wrong UDP entries of conntrack, as it does when it starts."""
+        again = Reconciler(self._reconciler.backend, self._reconciler.desired.rules, flow_table=self._conntrack)
+        again.desired, again.held = self._reconciler.desired, self._reconciler.held
+        again.clean_flows()
 
     def metric(self, name: str) -> dict[str, Any] | None:
         """A metric's values by label, from the number that the agent has for it; None when it has none of that name."""
@@ -145,6 +179,7 @@ class CaseAgent:
         return {"internal": internal, "external": external}
 
     def close(self) -> None:
+        self._conntrack.close()
         if self._backend is not None:
             self._backend.close()
             self._backend = None

@@ -42,6 +42,7 @@ class Flow(Struct, frozen=True):
     desc: str = ""
     sticky: bool = False
     iptables_filter: str = ""
+    """A hole that kube-proxy's iptables mode makes in a host's firewall; its nftables mode makes none, nor do ours."""
     expect_by_mode: dict[str, Expect] = {}
     """What kube-proxy's other modes do; ours do what `expect` says in every mode."""
     verified_by: tuple[str, ...] = ()

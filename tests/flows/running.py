@@ -43,6 +43,8 @@ class Runner:
     def __init__(self, world: World, programmer: Programmer) -> None:
         self._world = world
         self._programmer = programmer
+        self._known: set[Address] = set()
+        """Clients that affinity may remember from an earlier flow, rightly so: others are taken while there are any."""
 
     def run(self, case: Case) -> Iterator[Result]:
         """The result of every flow of a case, and one more for each fact that does not hold."""
@@ -119,10 +121,29 @@ class Runner:
         outcomes = [connect(source) for _ in range(_STICKY_TRIES)]
         if len({each.endpoint for each in outcomes}) > 1 and not flow.sticky:
             return outcomes + [connect(source) for _ in range(tries)], True  # another Service has the affinity
-        others = _others_like(case, source, place, self._place, tries)
+        others = self._others_like(case, source, place, tries)
+        self._known.update(others)
         for other in others:
             outcomes += [connect(other), connect(other)]
         return outcomes, len(others) == tries
+
+    def _others_like(self, case: Case, source: Address, place: Place, wanted: int) -> list[Address]:
+        """Clients that differ from one only in their address, as far as anything in the case can tell."""
+        if place is Place.NODE or source in case.endpoint_addresses:
+            return []
+        kind = tuple(source in one for one in case.networks)
+        taken = {*case.endpoint_addresses, *case.virtual_addresses, *case.node.addresses, source}
+        taken |= {parse_address(flow.dst_ip) for flow in case.flows}
+        fresh: list[Address] = []
+        known: list[Address] = []
+        for other in _near(source):
+            if other in taken or tuple(other in one for one in case.networks) != kind:
+                continue
+            if self._place(case, other) is place:
+                (known if other in self._known else fresh).append(other)
+            if len(fresh) == wanted:
+                break
+        return (fresh + known)[:wanted]
 
     def _connector(self, case: Case, flow: Flow, place: Place, answered_by: set[str]) -> Callable[[Address], Outcome]:
         world, destination = self._world, parse_address(flow.dst_ip)
@@ -154,30 +175,13 @@ class Runner:
         return answered(probe, self._world.follow(arrival.place, len(at.dst)))
 
 
-def _others_like(
-    case: Case, source: Address, place: Place, place_of: Callable[[Case, Address], Place], wanted: int
-) -> list[Address]:
-    """Clients that differ from one only in their address, as far as anything in the case can tell."""
-    if place is Place.NODE:
-        return []
-    kind = tuple(source in one for one in case.networks)
-    taken = {*case.endpoint_addresses, *case.virtual_addresses, *case.node.addresses, source}
-    taken |= {parse_address(flow.dst_ip) for flow in case.flows}
-    if source in case.endpoint_addresses:
-        return []
-    number, width = int.from_bytes(source), len(source)
-    found: list[Address] = []
+def _near(address: Address) -> Iterator[Address]:
+    """Its neighbours, the nearest first."""
+    number, width = int.from_bytes(address), len(address)
     for distance in range(1, _NEIGHBOURS):
         for value in (number + distance, number - distance):
-            if not 0 < value < 1 << 8 * width:
-                continue
-            other = Address(value.to_bytes(width))
-            if other not in taken and tuple(other in one for one in case.networks) == kind:
-                if place_of(case, other) is place:
-                    found.append(other)
-                if len(found) == wanted:
-                    return found
-    return found
+            if 0 < value < 1 << 8 * width:
+                yield Address(value.to_bytes(width))
 
 
 def _title(flow: Flow) -> str:

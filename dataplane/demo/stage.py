@@ -21,13 +21,13 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from .errors import DataplaneError, KernelError, PreflightError, ToolError
-from .run_tool import SYSTEM_PATH, last_words, run_tool
+from ..errors import DataplaneError, KernelError, PreflightError, ToolError
+from ..run_tool import SYSTEM_PATH, last_words, run_tool
 
 Result = TypeVar("Result")
 
 CLIENT, NODE = "192.0.2.2", "192.0.2.1"  # RFC 5737: addresses for documentation
-PACKAGE = Path(__file__).resolve().parent
+PACKAGE = Path(__file__).resolve().parent.parent
 CLONE_NEWNET = 0x40000000
 LINE_SECONDS = 0.3
 """Pause between the lines of a stream."""
