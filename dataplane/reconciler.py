@@ -325,12 +325,14 @@ class Reconciler:
 
     # ------------------------------------------------------------------------------------------------------ flows
 
-    def clean_flows(self) -> Swept | None:
+    def clean_flows(self, *, everything: bool = False) -> Swept | None:
         """Delete UDP conntrack entries that the state reached has made wrong; None = there was nothing to look for.
 
-        Costs nothing when no UDP virtual server has changed since the last call. Raises KernelError; what was to be
-        done is then done by a later call.
+        Costs nothing when no UDP virtual server has changed since the last call, unless `everything` is to be looked
+        at. Raises KernelError; what was to be done is then done by a later call.
         """
+        if everything:
+            self._staleness.touch_everything()
         questions = self._staleness.questions(self.held.servers, self.desired.serving)
         if not questions:
             return None
