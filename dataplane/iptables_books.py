@@ -8,7 +8,7 @@ that stays as it is is never sent, which is why its counters go on counting.
 import re
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 from msgspec import Struct
@@ -297,7 +297,7 @@ class Books:
             self._chains_in_sections(writer, edits, declare)
         writer.begin("nat")
         if not split:
-            writer.lines += [f":{name} - [0:0]" for name in (*declare, *gone)]
+            writer.lines += _declared((*declare, *gone))
         if whole:
             writer.lines.append(f":{SERVICES} - [0:0]")
             rest = (held for at, held in self.held.items() if at not in moving and held.chains)
@@ -330,10 +330,15 @@ class Books:
         for start in range(0, len(some), SECTION):
             writer.begin("nat")
             part = some[start : start + SECTION]
-            writer.lines += [f":{name} - [0:0]" for _, _, chains, _, _ in part for name in chains]
+            writer.lines += _declared([name for _, _, chains, _, _ in part for name in chains])
             for at, head, chains, _, _ in part:
                 writer.block(at, head, _appended(declare, chains))
             writer.commit()
+
+
+def _declared(names: Iterable[str]) -> list[str]:
+    """From Z to A: both back ends keep chains sorted and look for each one's place from the front."""
+    return [f":{name} - [0:0]" for name in sorted(names, reverse=True)]
 
 
 def _appended(declare: Chains, chains: Sequence[str]) -> list[str]:

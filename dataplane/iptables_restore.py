@@ -168,10 +168,13 @@ class IptablesBackend:
         wanted: dict[Family, list[tuple[VirtualAddress, VirtualServer | None]]] = {}
         unsure = set()
         for server in plan.add:
-            if self._holds(server.at):
-                unsure.add(server.at)
+            at = server.at
+            family = family_of(at.address)
+            held = self._book_of(family).held.get(at)
+            if held is not None and not held.damaged:
+                unsure.add(at)
             else:
-                wanted.setdefault(family_of(server.at.address), []).append((server.at, self.express(server)))
+                wanted.setdefault(family, []).append((at, self.express(server)))
         for change in plan.change:
             at = change.new.at
             if self._book(at).held.get(at) is None:
@@ -366,10 +369,6 @@ class IptablesBackend:
 
     def _book(self, at: VirtualAddress) -> Books:
         return self._book_of(family_of(at.address))
-
-    def _holds(self, at: VirtualAddress) -> bool:
-        held = self._book(at).held.get(at)
-        return held is not None and not held.damaged
 
     def _counted(self, family: Family) -> tuple[Books, dict[str, int]]:
         """Connections by endpoint chain, which never fall: neither by somebody's `-Z` nor by a look in between.
