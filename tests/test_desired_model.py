@@ -16,7 +16,7 @@ from dataplane.model import Cluster, ObjectName, Protocol, Update, VirtualAddres
 from .service_model import Model, Node, Object, Packet, Programmed, Verdict, ip, shown
 
 EXAMPLES = int(os.environ.get("DATAPLANE_TEST_EXAMPLES", "0"))
-SLOW = settings(max_examples=EXAMPLES or 4000, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
+SLOW = settings(max_examples=EXAMPLES or 4000, suppress_health_check=list(HealthCheck), print_blob=True)
 QUICK = settings(SLOW, max_examples=EXAMPLES or 100)
 
 SERVICES = (("shop", "web"), ("shop", "dns"), ("tools", "web"))
