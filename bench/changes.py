@@ -99,6 +99,7 @@ def _measure(reconciler: Reconciler, kind: Kind, size: int, count: int) -> Sampl
         floor = time.perf_counter() - started
         plain.ask(undo)
         update = Update({ObjectName("bench", f"service-{number}"): kind.view(number)})
+        answered[0] = 0.0
         began = time.perf_counter()
         touched = reconciler.take(update)
         started = time.perf_counter()
@@ -106,6 +107,8 @@ def _measure(reconciler: Reconciler, kind: Kind, size: int, count: int) -> Sampl
         ended = time.perf_counter()
         if report.result != "committed":
             raise RunFailed(f"change {turn} ended {report.result}: {report.failed}")
+        if not answered[0]:
+            raise RunFailed(f"change {turn} did not go the way that is watched")
         if turn >= WARM_UP:
             samples["floor"].append(floor)
             samples["to ACK"].append(answered[0] - started)
@@ -121,14 +124,14 @@ def _measure(reconciler: Reconciler, kind: Kind, size: int, count: int) -> Sampl
 
 
 def _watch_answers() -> list[float]:
-    """From now on the first item of the list is the moment at which the last batch of IPVS messages was answered."""
+    """From now on the first item of the list is the moment at which the last change's answer was read and checked."""
     moment = [0.0]
-    collect = NetlinkSocket._collect
+    exchange, clock = NetlinkSocket.exchange, time.perf_counter
 
-    def watched(self: NetlinkSocket, *args: Any) -> None:
-        collect(self, *args)
-        if self._protocol == NETLINK_GENERIC:
-            moment[0] = time.perf_counter()
+    def watched(self: NetlinkSocket, data: bytes, seq: int) -> Any:
+        failures = exchange(self, data, seq)
+        moment[0] = clock()
+        return failures
 
-    NetlinkSocket._collect = watched  # type: ignore[method-assign, assignment]
+    NetlinkSocket.exchange = watched  # type: ignore[method-assign]
     return moment

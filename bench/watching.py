@@ -18,20 +18,25 @@ PARTS = {16: "ipvs", 0: "vips", 12: "guard"}
 def record() -> list[Sent]:
     """From now on everything our sockets send is noted, also, in the list that is returned."""
     sent: list[Sent] = []
-    plain = NetlinkSocket._send
+    plain, exchange = NetlinkSocket._send, NetlinkSocket.exchange
 
     def send(self: NetlinkSocket, data: bytes | bytearray) -> None:
         sent.append(Sent(self._protocol, bytes(data)))
         plain(self, data)
 
+    def exchanged(self: NetlinkSocket, data: bytes, seq: int) -> Any:
+        sent.append(Sent(self._protocol, data))
+        return exchange(self, data, seq)
+
     NetlinkSocket._send = send  # type: ignore[method-assign]
+    NetlinkSocket.exchange = exchanged  # type: ignore[method-assign]
     return sent
 
 
 def keep_time() -> dict[str, float]:
     """From now on the seconds spent in batches are summed up by subsystem, encoding included."""
     spent = dict.fromkeys(PARTS.values(), 0.0)
-    batch, transaction = NetlinkSocket.batch, NetlinkSocket.transaction
+    batch, transaction, exchange = NetlinkSocket.batch, NetlinkSocket.transaction, NetlinkSocket.exchange
 
     def timed_batch(self: NetlinkSocket, groups: Iterable[bytes]) -> Any:
         started = time.perf_counter()
@@ -47,6 +52,14 @@ def keep_time() -> dict[str, float]:
         finally:
             spent[PARTS[self._protocol]] += time.perf_counter() - started
 
+    def timed_exchange(self: NetlinkSocket, data: bytes, seq: int) -> Any:
+        started = time.perf_counter()
+        try:
+            return exchange(self, data, seq)
+        finally:
+            spent[PARTS[self._protocol]] += time.perf_counter() - started
+
+    NetlinkSocket.exchange = timed_exchange  # type: ignore[method-assign]
     NetlinkSocket.batch = timed_batch  # type: ignore[method-assign]
     NetlinkSocket.transaction = timed_transaction  # type: ignore[method-assign]
     return spent

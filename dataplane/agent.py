@@ -35,6 +35,8 @@ STATUS_TIMEOUT = 5.0
 DISTURBANCE_PAUSE = 0.2
 """Seconds between somebody else's change and our look at it: changes come in bursts, and one look serves a burst."""
 BACKOFF_LEAST, BACKOFF_MOST = 1.0, 60.0
+FLOWS_PAUSE_MOST = 0.3
+"""Seconds at most between two looks at conntrack while UDP Services keep changing: nine times what a look takes."""
 
 
 class AgentOptions(Struct, frozen=True):
@@ -315,11 +317,13 @@ class Agent:
                 self._log.warning("conntrack", result="failed", error=printable(str(error)))
             self._flows_error = str(error)
             return
+        took = time.perf_counter() - started
         self._flows_retry_at, self._flows_backoff, self._flows_error = None, BACKOFF_LEAST, ""
+        if swept is not None:  # of many changes in a row, one look serves several, and clients still move in a second
+            self._flows_retry_at = time.monotonic() + min(FLOWS_PAUSE_MOST, 9 * took)
         if swept is not None and swept.deleted:
             self._flows_deleted += swept.deleted
-            took = (time.perf_counter() - started) * 1000
-            self._log.info("conntrack", deleted=swept.deleted, read=swept.read, milliseconds=round(took, 3))
+            self._log.info("conntrack", deleted=swept.deleted, read=swept.read, milliseconds=round(took * 1000, 3))
 
     # -------------------------------------------------------------------------------------------------------- telling
 

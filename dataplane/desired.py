@@ -108,7 +108,7 @@ def virtual_servers(view: ServiceView, rules: Rules) -> list[VirtualServer]:
             servers.append(_cluster_ip_server(service, port, vip, chosen, rules))
             if external:
                 servers += _external_servers(service, port, family_of(vip), chosen, rules)
-    return servers
+    return _one_at_each(servers) if external and len(service.ports) > 1 else servers
 
 
 EXTERNAL_TYPES = (ServiceType.NODE_PORT, ServiceType.LOAD_BALANCER)
@@ -117,6 +117,21 @@ EXTERNAL_TYPES = (ServiceType.NODE_PORT, ServiceType.LOAD_BALANCER)
 def proxied(service: Service) -> bool:
     """Whether a Service is this program's business."""
     return not (service.other_proxy or service.headless or service.type is ServiceType.EXTERNAL_NAME)
+
+
+def _one_at_each(servers: list[VirtualServer]) -> list[VirtualServer]:
+    """Where two ports of a Service meet at one address (a node port's number on an external IP that is the node's).
+
+    The node port gives way, as in kube-proxy, and with it what it has for clients inside.
+    """
+    kept: dict[VirtualAddress, VirtualServer] = {}
+    for server in servers:
+        other = kept.get(server.at)
+        if other is None or (other.kind is Kind.NODE_PORT and server.kind is not Kind.NODE_PORT):
+            kept[server.at] = server
+    if len(kept) == len(servers):
+        return servers
+    return [one for at, one in kept.items() if not at.inside or kept[at._replace(inside=False)].label == one.label]
 
 
 def _label(name: ObjectName, port: ServicePort) -> str:
@@ -291,12 +306,14 @@ class HealthCheck(NamedTuple):
 
 def local_ready(view: ServiceView, node_name: str) -> tuple[int, int]:
     """How many different addresses of ready endpoints are on this node: IPv4, IPv6."""
-    found = {
-        endpoint.address
-        for one in view.slices
-        for endpoint in one.endpoints
-        if one.ports and endpoint.ready and node_name and endpoint.node == node_name
-    }
+    joined: dict[tuple[str, int, Address, int], Endpoint] = {}
+    for one in view.slices:
+        for port in one.ports:
+            for endpoint in one.endpoints:
+                key = (port.name, port.protocol, endpoint.address, port.port)
+                if key not in joined or not endpoint.terminating:
+                    joined[key] = endpoint
+    found = {each.address for each in joined.values() if each.ready and node_name and each.node == node_name}
     ipv4 = sum(len(address) == 4 for address in found)
     return ipv4, len(found) - ipv4
 
@@ -456,7 +473,7 @@ class Desired:
     def _note(self, name: ObjectName, view: ServiceView) -> None:
         """What a Service wants besides virtual servers."""
         service = view.service
-        if service is None or not proxied(service):
+        if service is None or not proxied(service) or not service.cluster_ips:
             return
         if service.external_ips:
             refused = tuple(each for each in service.external_ips if not self.rules.may_claim(each))

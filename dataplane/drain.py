@@ -8,9 +8,11 @@ drain is told, so that the caller can keep the deadlines where they survive it (
 from collections.abc import Iterable
 from typing import NamedTuple
 
-import msgspec
+from msgspec.structs import replace
 
 from .model import Address, Protocol, RealServer, VirtualAddress, VirtualServer
+
+_UDP = int(Protocol.UDP)
 
 
 class DrainKey(NamedTuple):
@@ -49,7 +51,7 @@ class Drains:
         kept = self.let_finish(at, leaving, seconds, now)
         if not kept:
             return wanted
-        return with_reals(wanted or msgspec.structs.replace(held, real_servers=()), kept)
+        return with_reals(wanted or replace(held, real_servers=()), kept)
 
     def revive(self, at: VirtualAddress, wanted: Iterable[RealServer]) -> None:
         """What is wanted has no clock."""
@@ -66,23 +68,18 @@ class Drains:
     ) -> list[RealServer]:
         """Those of the real servers `leaving` that may stay for now, with weight 0."""
         kept = []
+        at_once = seconds <= 0 or (at.protocol == _UDP and not self._udp)
         for real in leaving:
-            if self._may_stay(DrainKey(at, real.address, real.port), seconds, now):
-                kept.append(msgspec.structs.replace(real, weight=0) if real.weight else real)
+            key = DrainKey(at, real.address, real.port)
+            deadline = self.deadlines.get(key)
+            if at_once or key in self._finished or (deadline is not None and deadline <= now):
+                self.forget(key)
+                continue
+            if deadline is None:
+                self.deadlines[key] = now + seconds
+                self.changed.add(key)
+            kept.append(replace(real, weight=0) if real.weight else real)
         return kept
-
-    def _may_stay(self, key: DrainKey, seconds: int, now: float) -> bool:
-        if key in self._finished or (key.at.protocol == Protocol.UDP and not self._udp) or seconds <= 0:
-            self.forget(key)
-            return False
-        deadline = self.deadlines.get(key)
-        if deadline is None:
-            deadline = self.deadlines[key] = now + seconds
-            self.changed.add(key)
-        if deadline <= now:
-            self.forget(key)
-            return False
-        return True
 
     def restore(self, key: DrainKey, seconds_left: float, now: float) -> None:
         """Go on with a clock that an earlier agent started."""
@@ -109,4 +106,4 @@ class Drains:
 
 def with_reals(server: VirtualServer, more: list[RealServer]) -> VirtualServer:
     """The virtual server with more real servers."""
-    return msgspec.structs.replace(server, real_servers=tuple(sorted([*server.real_servers, *more])))
+    return replace(server, real_servers=tuple(sorted([*server.real_servers, *more])))

@@ -7,7 +7,7 @@ what all addresses of a ServicePort share is sent once.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from .iptables_chains import ChainKey, Site, arrange, group_of, lines_of, render
 from .iptables_reading import DAMAGED, Contents, Damage, read
@@ -132,13 +132,13 @@ class Books:
             for start in range(0, len(some), SECTION):
                 part = some[start : start + SECTION]
                 writer.begin(table)
-                writer.lines += [f":{name} - [0:0]" for _, names in part for name in names]
+                writer.lines += _declared(name for _, names in part for name in names)
                 for group, names in part:
                     writer.group(group, table, names, (), ())
                 writer.commit()
         writer.begin(table)
         if not split:
-            writer.lines += [f":{name} - [0:0]" for names in (*changed, gone) for name in names]
+            writer.lines += _declared(name for names in (*changed, gone) for name in names)
         if whole:
             writer.lines += [f":{name} - [0:0]" for name in SHARED[table]]
             writer.lines += [f":{CLUSTER_IPS} - [0:0]"] if table == "filter" else []
@@ -227,3 +227,8 @@ class Books:
         addresses = sorted((uses.keys() - set(closed)) | set(opened))
         lines = [f"-A {CLUSTER_IPS} {closed_ports(address)}" for address in addresses]
         return lines + [f"-A {CLUSTER_IPS} {rule}" for rule in unallocated(self.form, self.family)]
+
+
+def _declared(names: Iterable[str]) -> list[str]:
+    """From Z to A: both back ends keep chains sorted and look for each one's place from the front."""
+    return [f":{name} - [0:0]" for name in sorted(names, reverse=True)]

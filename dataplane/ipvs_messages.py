@@ -6,12 +6,12 @@ programming costs little more than sending bytes that lie ready.
 """
 
 import struct
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
 from .model import Address, Forwarding, RealServer, VirtualAddress, VirtualServer, family_of
-from .netlink_socket import GENL_HEADER, HEADER, NLM_F_REQUEST, genl_message
+from .netlink_socket import GENL_HEADER, HEADER, NLM_F_ACK, NLM_F_REQUEST, genl_message
 from .nlattr import (
     LayoutReader,
     NlAttrs,
@@ -217,9 +217,12 @@ def _dest_parts(dest: _Dest, name: str) -> list[Part]:
     )
 
 
-def _message_parts(family_id: int, command: int, attributes: list[Part]) -> list[Part]:
+def _message_parts(family_id: int, command: int, attributes: list[Part], asking: bool = False) -> list[Part]:
     length = DATA + width_of(attributes)
     head = HEADER.pack(length, family_id, NLM_F_REQUEST, 0, 0) + GENL_HEADER.pack(command, GENL_VERSION, 0)
+    if asking:
+        head = HEADER.pack(length, family_id, NLM_F_REQUEST | NLM_F_ACK, 0, 0) + head[16:]
+        return [head[:8], Slot("seq", "I"), head[12:], *attributes]
     return [head, *attributes]
 
 
@@ -242,12 +245,13 @@ def _service_template(shape: Shape, command: int, dests: tuple[_Dest, ...]) -> C
 
 @lru_cache(maxsize=1024)
 def _dest_template(
-    family_id: int, width: int, protocol: int, command: int, dest: _Dest, marked: bool
+    family_id: int, width: int, protocol: int, command: int, dest: _Dest, marked: bool, asking: bool = False
 ) -> Callable[..., bytes]:
     """One NEW_, SET_ or DEL_DEST message."""
     shape = Shape(family_id, width, protocol, "", 0, 0, 0, marked)
     inner = nest(_SERVICE, _key_parts(shape)) + nest(_DEST, _dest_parts(dest, "real"))
-    return compile_template(_message_parts(family_id, command, inner), ["vip", "vport", "real"])
+    names = ["vip", "vport", "real", "seq"] if asking else ["vip", "vport", "real"]
+    return compile_template(_message_parts(family_id, command, inner, asking), names)
 
 
 def _fold(real: RealServer) -> _Dest:
@@ -271,6 +275,7 @@ class Encoder:
         self._marks = marks if marks is not None else {}
         self._new: dict[tuple[object, ...], Callable[..., bytes]] = {}
         self._plain: dict[tuple[int, ...], Callable[..., bytes]] = {}
+        self._asking: dict[tuple[int, ...], Callable[..., bytes]] = {}
 
     def new_server(self, server: VirtualServer) -> bytes:
         """NEW_SERVICE and a NEW_DEST for each real server, in one piece of bytes."""
@@ -331,6 +336,42 @@ class Encoder:
             if plain and len(self._plain) < 1024:
                 self._plain[key] = template
         return template(self._mark(server.at) if inside else address, port, real)
+
+    def reals(
+        self,
+        server: VirtualServer,
+        add: Sequence[RealServer],
+        edit: Sequence[RealServer],
+        remove: Sequence[RealServer],
+        count: int,
+        seq: int,
+    ) -> bytes:
+        """`count` NEW_, SET_ and DEL_DEST messages, joined; the last asks for an ACK and has `seq`, in network order.
+
+        Made for few: mostly there is only one.
+        """
+        if remove:
+            last, command = remove[-1], DEL_DEST
+        elif edit:
+            last, command = edit[-1], SET_DEST
+        else:
+            last, command = add[-1], NEW_DEST
+        protocol, address, port, inside = server.at
+        key = (command, protocol, len(address), len(last.address), last.weight, inside)
+        template = self._asking.get(key)
+        if template is None or last.forwarding or last.upper_threshold or last.lower_threshold:
+            template = _dest_template(self.family_id, len(address), protocol, command, _fold(last), inside, asking=True)
+            if not (last.forwarding or last.upper_threshold or last.lower_threshold) and len(self._asking) < 1024:
+                self._asking[key] = template
+        message = template(self._mark(server.at) if inside else address, port, last, seq)
+        if count > 1:
+            before = b""
+            for each, reals in ((NEW_DEST, add), (SET_DEST, edit), (DEL_DEST, remove)):
+                for real in reals:
+                    if real is not last or each != command:
+                        before += self.real(each, server, real)
+            return before + message
+        return message
 
     def get_servers(self) -> bytes:
         """Dump request for all virtual servers."""

@@ -71,6 +71,8 @@ def read_object(document: Any, kind: str = "") -> Reading | None:
     except wire.FieldError as error:
         return _unknown(error.field, error.reason)
     kind_said, version = head.kind or kind, head.api_version or ("" if head.kind else wire.GROUP_VERSIONS.get(kind, ""))
+    if kind_said in wire.GROUP_VERSIONS and not version:
+        return Reading(kind_said, _identity(document), None, (("apiVersion", "required"),))
     if not kind_said or not version:
         return _unknown("apiVersion" if kind_said else "kind", "required")
     if wire.item_kind(version, kind_said) is not None:
@@ -269,7 +271,7 @@ def _slice(decoded: wire.EndpointSlice, name: ObjectName, meta: wire.Metadata, f
             Endpoint(
                 address=packed,
                 ready=ready,
-                serving=ready if state.serving is None else state.serving,
+                serving=state.serving is not False,
                 terminating=bool(state.terminating),
                 node=fields.word(endpoint.node_name, at, "nodeName", faults),
                 zone=fields.word(endpoint.zone, at, "zone", faults),

@@ -15,7 +15,7 @@ mode it is told to run, finds the other and goes on from there.
 """
 
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
 from .backend import Backend
@@ -23,7 +23,7 @@ from .desired import Rules
 from .drain import Drains
 from .errors import DataplaneError, PreflightError
 from .model import Protocol as Transport
-from .model import VirtualAddress
+from .model import VirtualAddress, VirtualServer
 from .plan import State
 from .procfs_sockets import connected_from
 from .reconciler import MASS_DELETE_LEAST, MASS_DELETE_SHARE, Reconciler
@@ -32,6 +32,10 @@ from .show_text import plural
 
 LOOK_SECONDS = 1.0
 """Between two looks at what the other mode still has; and at most a tenth of the time goes into looking."""
+
+
+MOST = "most would go at once (--allow-mass-delete removes them)"
+FAULTS = "the manifests lack them and have problems"
 
 
 class Tell(Protocol):
@@ -73,7 +77,9 @@ class Leaving:
         self.reconciler.drains = Drains(udp=True)
         self.begun = self.drain_told = False
         self.kept = 0
-        """Virtual servers that stay for now, since the other mode has no replacement."""
+        """Virtual servers that stay for now: without a replacement, or nobody has said that they go."""
+        self.stuck = False
+        """They do so for another reason than an input with faults, which tells of itself."""
 
     def look(self) -> None:
         """What it holds; nothing, where the kernel has lost the mechanism itself."""
@@ -143,7 +149,7 @@ class ModeSwitch:
     @property
     def stuck(self) -> bool:
         """Something of another mode stays until the input or the kernel is mended."""
-        return any(one.kept for one in self.leaving)
+        return any(one.stuck for one in self.leaving)
 
     def step(self, *, input_is_whole: bool, now: bool = False) -> None:
         """Go on as far as that is safe at this moment; costs nothing when there is no other mode."""
@@ -197,10 +203,9 @@ class ModeSwitch:
         backend, leaving = one.backend, one.reconciler
         if not one.begun:
             one.look()
-        keep = self._kept(leaving.held.servers.keys(), missing, input_is_whole)
-        one.kept = len(keep)
+        keep, why = self._kept(leaving.held.servers, missing, input_is_whole)
+        one.kept, one.stuck = len(keep), bool(why) and why is not FAULTS
         if keep:
-            why = "not programmed in the new mode" if keep & missing else "the manifests lack them"
             self._tell_once("kept", mode=backend.mode, virtual_servers=len(keep), reason=why)
         if backend.drains or keep:
             if not one.begun or leaving.unexplained != keep or leaving.failing:
@@ -219,15 +224,23 @@ class ModeSwitch:
         return True
 
     def _kept(
-        self, held: Collection[VirtualAddress], missing: set[VirtualAddress], input_is_whole: bool
-    ) -> set[VirtualAddress]:
-        """What the other mode has to go on with: its replacement is missing, or nobody has said that it shall go."""
-        keep = missing & set(held)
-        doomed = set(held) - self._reconciler.desired.servers.keys()
+        self, held: Mapping[VirtualAddress, VirtualServer], missing: set[VirtualAddress], input_is_whole: bool
+    ) -> tuple[set[VirtualAddress], str]:
+        """What the other mode has to go on with, and why."""
+        keep, why = missing & held.keys(), ""
+        if keep:
+            why = "not programmed in the new mode"
+        # what drains already has been said to go
+        doomed = {
+            at
+            for at in held.keys() - self._reconciler.desired.servers.keys()
+            if not held[at].real_servers or any(real.weight for real in held[at].real_servers)
+        }
         most = len(doomed) >= MASS_DELETE_LEAST and len(doomed) > MASS_DELETE_SHARE * len(held)
-        if not self._allow_mass_delete and (most or not input_is_whole):
+        if doomed and not self._allow_mass_delete and (most or not input_is_whole):
             keep |= doomed
-        return keep
+            why = why or (MOST if most else FAULTS)
+        return keep, why
 
     def _forget_dead(self, leaving: Reconciler) -> None:
         """A UDP client that never stops would be held by a real server that has gone in the meantime."""

@@ -220,7 +220,7 @@ class Service(Struct, frozen=True, gc=False):
 
 
 class Endpoint(Struct, frozen=True, gc=False):
-    """discovery.k8s.io/v1 Endpoint with its conditions resolved (nil ready = true, nil serving = ready)."""
+    """discovery.k8s.io/v1 Endpoint with its conditions resolved (nil = ready, serving, not terminating)."""
 
     address: Address
     ready: bool = True

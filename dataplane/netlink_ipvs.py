@@ -119,6 +119,8 @@ BY_HASH = "mh"
 _NOTHING = Elements()
 """Of the guard, for the many changes that do not concern it. Never written to."""
 _ALL_WELL = Outcome()
+FEW = 64
+"""Messages that surely fit one send."""
 
 
 class IpvsTransaction(Struct, frozen=True):
@@ -146,6 +148,17 @@ class IpvsTransaction(Struct, frozen=True):
             ("nft -f -", script(_NOTHING, self.guard_remove)),
         ]
         return "".join(f"# {tool}\n{text}" for tool, text in blocks if text)
+
+
+class RealsTransaction(Struct, frozen=True):
+    """A plan of nothing but real servers: one tool's text, and nothing to prepare."""
+
+    plan: Plan
+    backend: "IpvsBackend"
+
+    def __str__(self) -> str:
+        rules = _rules_before(self.plan, self.backend.marks.of)
+        return "# ipvsadm -R\n" + "".join(line + "\n" for line in rules)
 
 
 def _rules_before(plan: Plan, marks: Mapping[VirtualAddress, int]) -> Iterator[str]:
@@ -203,6 +216,7 @@ class IpvsBackend:
         self._route = NetlinkSocket(NETLINK_ROUTE)
         self._netfilter = NetlinkSocket(NETLINK_NETFILTER)
         self._genl = NetlinkSocket(NETLINK_GENERIC)
+        self._resolved: Encoder | None = None
         self.guard = Guard(self._netfilter, clients)
         self.vips: VipBinding = VipRoutes(self._route) if options.vip_binding == "routes" else VipDevice(self._route)
         self.delivery = MarkedDelivery(self._route, DELIVERED, DELIVERED_MASK)
@@ -323,8 +337,10 @@ class IpvsBackend:
         found.update(at for at, server in held.servers.items() if server.flags)
         return found
 
-    def compile(self, plan: Plan) -> "IpvsTransaction":
+    def compile(self, plan: Plan) -> "IpvsTransaction | RealsTransaction":
         """The plan with the guard elements that belong to it."""
+        if plan.reals_only:
+            return RealsTransaction(plan, self)
         if not _concerns_guard(plan):
             return IpvsTransaction(plan, _NOTHING, _NOTHING, _NOTHING, _NOTHING, _NOTHING, self)
         add = Elements(vips=set(plan.bind), hairpins=set(plan.hairpin_add))
@@ -352,19 +368,36 @@ class IpvsBackend:
         return IpvsTransaction(plan, add, replaced, opened, closed, drop, self)
 
     def commit(self, transaction: Transaction) -> Outcome:
-        """The five steps of the module's docstring; IPVS failures are mapped back to their virtual addresses."""
+        """Do it; IPVS failures are mapped back to their virtual addresses."""
+        plan = transaction.plan
+        if not plan.reals_only:
+            return self._commit_in_order(transaction)
+        # the commonest commit of all, so by the shortest way: one send, one answer
+        change, encoder, genl = plan.change[0], self._resolved, self._genl
+        add, edit, remove = change.add, change.edit, change.remove
+        count = len(add) + len(edit) + len(remove)
+        if encoder is None:
+            encoder = self._resolved = self._encoder
+        if count <= FEW:
+            seq = genl.next_seq()
+            refusals = genl.exchange(encoder.reals(change.new, add, edit, remove, count, seq), seq)
+            if not refusals:
+                return _ALL_WELL
+        else:
+            refusals = genl.batch(_change_messages(encoder, change))
+        failed: dict[VirtualAddress, KernelError] = {}
+        unsure: set[VirtualAddress] = set()
+        self._sort_out(refusals, failed, unsure)
+        return Outcome(failed, frozenset(unsure - failed.keys()))
+
+    def _commit_in_order(self, transaction: Transaction) -> Outcome:
+        """The five steps of the module's docstring."""
         assert isinstance(transaction, IpvsTransaction)
         plan, encoder = transaction.plan, self._encoder
         failed: dict[VirtualAddress, KernelError] = {}
         unsure: set[VirtualAddress] = set()
         if transaction.guard_add is _NOTHING:
-            changes = plan.change
-            refusals = self._genl.batch(
-                _change_messages(encoder, changes[0]) if len(changes) == 1 else _messages_before(encoder, plan)
-            )
-            if not refusals:
-                return _ALL_WELL
-            self._sort_out(refusals, failed, unsure)
+            self._sort_out(self._genl.batch(_messages_before(encoder, plan)), failed, unsure)
             return Outcome(failed, frozenset(unsure - failed.keys()))
         if _any(transaction.guard_add) or _any(transaction.guard_replace):
             self.guard.commit(transaction.guard_add, transaction.guard_replace)

@@ -42,7 +42,7 @@ RTM_NEWRULE, RTM_DELRULE, RTM_GETRULE = 32, 33, 34
 GROUPS = (1, 5, 7, 8, 9, 11, 19)
 """RTNLGRP_LINK, IPV4_IFADDR, IPV4_ROUTE, IPV4_RULE, IPV6_IFADDR, IPV6_ROUTE, IPV6_RULE: what `concerns` reads."""
 
-IFF_NOARP = 0x80
+IFF_UP, IFF_NOARP = 0x1, 0x80
 IFA_F_NODAD = 0x02
 RT_SCOPE_HOST = 254
 RT_TABLE_LOCAL = 255
@@ -484,6 +484,8 @@ class MarkedDelivery:
         for family in Family:
             found = self._found_rules(family)
             if found is None:
+                if family is Family.IPV4:
+                    raise KernelError("read", "routing rules", errno.EOPNOTSUPP, "no CONFIG_IP_MULTIPLE_TABLES")
                 continue
             if not self._has_route(family):
                 yield _delivery_route(RTM_NEWROUTE, NLM_F_CREATE, family), f"local route of table {DELIVERY_TABLE}"
@@ -572,6 +574,12 @@ def link_by_name(sock: NetlinkSocket, name: str) -> Link | None:
         if error.errno == errno.ENODEV:
             return None
         raise
+
+
+def bring_loopback_up(sock: NetlinkSocket) -> None:
+    """`ip link set lo up`, which in a new network namespace nobody has done."""
+    body = _IFINFO.pack(0, 0, LOOPBACK, IFF_UP, IFF_UP)
+    sock.request(message(RTM_SETLINK, NLM_F_REQUEST, body), "bring up", "lo")
 
 
 def read_links(sock: NetlinkSocket) -> dict[int, Link]:

@@ -14,7 +14,7 @@ import errno
 import os
 import socket
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import NamedTuple, Self
 
@@ -53,7 +53,9 @@ GENL_HEADER = struct.Struct("=BBH")  # struct genlmsghdr: cmd, version, reserved
 _read_header = HEADER.unpack_from
 _read_error = struct.Struct("=i").unpack_from
 _ACK_SIZE = 36
-_read_ack = struct.Struct("=IHHIIi").unpack_from  # NLMSG_ERROR with errno 0: nlmsghdr, error, the nlmsghdr it answers
+_read_ack = struct.Struct("=4xH2xI4xi").unpack_from  # type, seq and error of an NLMSG_ERROR
+_read_swapped_ack = struct.Struct(">4xH2xI4xi").unpack_from
+_SWAPPED_ERROR = socket.htons(NLMSG_ERROR)
 _MSG_TRUNC = int(socket.MSG_TRUNC)
 _stamp_flags = struct.Struct("=HI").pack_into  # nlmsg_flags and nlmsg_seq, at offset 6
 
@@ -62,6 +64,7 @@ RECEIVE_BUFFER = 32 << 20  # holds the failures of a whole chunk: about 1 kB of 
 BUFFER = 1 << 16  # of one answer
 CHUNK = 1 << 20  # bytes of messages per sendmsg
 DUMP_TRIES = 30
+MAX_SEQ = (1 << 30) - 1
 
 
 class Failure(NamedTuple):
@@ -176,8 +179,35 @@ class NetlinkSocket:
             self._send_chunk(waiting, failures)
         return failures
 
+    def next_seq(self) -> int:
+        """The number of the next request."""
+        self._seq = seq = self._seq + 1 if self._seq < MAX_SEQ else 1
+        return seq
+
+    def exchange(self, data: bytes, seq: int) -> Sequence[Failure]:
+        """`batch` for a few messages that lie ready: joined, the last one with `seq` and NLM_F_ACK, the others without.
+
+        What the commonest errand of all takes, and nothing else. `seq` is in network order, as templates pack it (to
+        the kernel it is four bytes that come back).
+        """
+        try:
+            self._socket.send(data)
+        except OSError as error:
+            raise _not_sent(error, len(data)) from error
+        try:
+            size = self._socket.recv_into(self._buffer, 0, _MSG_TRUNC)
+        except OSError as error:
+            raise self._not_read(error) from error
+        if size == _ACK_SIZE and _read_swapped_ack(self._buffer) == (_SWAPPED_ERROR, seq, 0):
+            return ()  # nothing but the ACK
+        if size > BUFFER:
+            raise self._too_long(size)
+        failures: list[Failure] = []
+        self._collect(socket.ntohl(seq), failures, None, size)
+        return failures
+
     def _send_chunk(self, groups: list[bytes], failures: list[Failure]) -> None:
-        self._seq = seq = self._seq % 0x7FFF_FFFF + 1
+        seq = self.next_seq()
         data = bytearray().join(groups)
         # the last message is looked for in the last group only: netlink messages have no trailer
         end = len(data)
@@ -201,7 +231,7 @@ class NetlinkSocket:
         not answer the end itself. The batch's header gets the same number, since a refusal of the whole batch is
         answered with it, and then nothing else comes.
         """
-        seq = self._next_seq()
+        seq = self.next_seq()
         stamped = bytearray(messages)
         _stamp_flags(stamped, 6, _read_header(stamped, 0)[2], seq)
         _stamp_flags(stamped, barrier + 6, _read_header(stamped, barrier)[2] | NLM_F_ACK, seq)
@@ -218,7 +248,7 @@ class NetlinkSocket:
         `select(buffer, start, stop)`: which messages to keep; the rest of a large table is never copied.
         """
         for _ in range(DUMP_TRIES):
-            seq = self._next_seq()
+            seq = self.next_seq()
             stamped = bytearray(request)
             flags = HEADER.unpack_from(request)[2] | NLM_F_DUMP | NLM_F_REQUEST
             _stamp_flags(stamped, 6, flags, seq)
@@ -230,7 +260,7 @@ class NetlinkSocket:
 
     def get(self, request: bytes, operation: str = "", subject: str = "") -> bytes:
         """Send one request that is answered by one message (no dump); returns that message."""
-        seq = self._next_seq()
+        seq = self.next_seq()
         stamped = bytearray(request)
         _stamp_flags(stamped, 6, HEADER.unpack_from(request)[2] | NLM_F_REQUEST, seq)
         self._send(stamped)
@@ -264,32 +294,31 @@ class NetlinkSocket:
 
     # ------------------------------------------------------------------------------------------------- plumbing
 
-    def _next_seq(self) -> int:
-        self._seq = self._seq % 0x7FFF_FFFF + 1
-        return self._seq
-
     def _send(self, data: bytes | bytearray) -> None:
         try:
             self._socket.send(data)
-        except PermissionError as error:
-            raise NotRoot("the kernel asks for CAP_NET_ADMIN: run as root") from error
         except OSError as error:
-            raise KernelError("send", f"{len(data)} bytes", error.errno or 0) from error
+            raise _not_sent(error, len(data)) from error
 
     def _receive(self) -> int:
         """Bytes read into the buffer from the kernel; an unknown outcome replaces the socket and raises Unanswered."""
         try:
             size = self._socket.recv_into(self._buffer, 0, _MSG_TRUNC)
-        except BlockingIOError:
-            self._replace()
-            raise Unanswered("wait for", "the kernel", errno.ETIMEDOUT, f"no answer in {self._timeout} s") from None
         except OSError as error:
-            self._replace()
-            raise Unanswered("read", "the kernel's answer", error.errno or 0) from error
+            raise self._not_read(error) from error
         if size > BUFFER:
-            self._replace()
-            raise Unanswered("read", "the kernel's answer", errno.EMSGSIZE, f"{size} bytes in one message")
+            raise self._too_long(size)
         return size
+
+    def _not_read(self, error: OSError) -> Unanswered:
+        self._replace()
+        if isinstance(error, BlockingIOError):
+            return Unanswered("wait for", "the kernel", errno.ETIMEDOUT, f"no answer in {self._timeout} s")
+        return Unanswered("read", "the kernel's answer", error.errno or 0)
+
+    def _too_long(self, size: int) -> Unanswered:
+        self._replace()
+        return Unanswered("read", "the kernel's answer", errno.EMSGSIZE, f"{size} bytes in one message")
 
     def _replace(self) -> None:
         self._socket.close()
@@ -305,13 +334,14 @@ class NetlinkSocket:
             yield kind, flags, seq, start, start + length
             start += (length + 3) & ~3
 
-    def _collect(self, barrier: int, failures: list[Failure], echoes: list[bytes] | None = None) -> None:
+    def _collect(
+        self, barrier: int, failures: list[Failure], echoes: list[bytes] | None = None, arrived: int = 0
+    ) -> None:
+        """Read answers up to the barrier's; `arrived`: bytes of them that are in the buffer already."""
         while True:
-            size = self._receive()
-            if size == _ACK_SIZE:
-                _, kind, _, seq, _, code = _read_ack(self._buffer)
-                if kind == NLMSG_ERROR and seq == barrier and not code:
-                    return  # nothing but the ACK: what nearly every answer is
+            size, arrived = arrived or self._receive(), 0
+            if size == _ACK_SIZE and _read_ack(self._buffer) == (NLMSG_ERROR, barrier, 0):
+                return  # nothing but the ACK: what nearly every answer is
             done = False
             for kind, flags, seq, start, stop in self._messages(size):
                 if kind != NLMSG_ERROR:
@@ -346,6 +376,12 @@ class NetlinkSocket:
                     return answers, torn
                 if select is None or select(self._buffer, start, stop):
                     answers.append(bytes(self._view[start:stop]))
+
+
+def _not_sent(error: OSError, size: int) -> KernelError | NotRoot:
+    if isinstance(error, PermissionError):
+        return NotRoot("the kernel asks for CAP_NET_ADMIN: run as root")
+    return KernelError("send", f"{size} bytes", error.errno or 0)
 
 
 def kernel_error(operation: str, subject: str, code: int, hint: str = "") -> KernelError | NotRoot:

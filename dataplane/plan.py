@@ -7,8 +7,9 @@ at the virtual addresses it is given, so a change of one Service costs the same 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from msgspec import Struct
+from msgspec.structs import replace
 
-from .model import Address, RealServer, VirtualAddress, VirtualServer
+from .model import Address, NoServers, RealServer, VirtualAddress, VirtualServer
 
 
 class State:
@@ -93,8 +94,8 @@ class State:
         self.hairpins.update(plan.hairpin_add)
 
 
-class Change(Struct):
-    """A virtual server before and after (it unpacks as these two), and what differs, found once: when it is made."""
+class Change(Struct, frozen=True):
+    """A virtual server before and after (it unpacks as these two), and what differs: `compare` makes it."""
 
     old: VirtualServer
     new: VirtualServer
@@ -105,27 +106,6 @@ class Change(Struct):
     add: Sequence[RealServer] = ()
     edit: Sequence[RealServer] = ()
     remove: Sequence[RealServer] = ()
-
-    def __post_init__(self) -> None:
-        before, after = self.old.real_servers, self.new.real_servers
-        if not _alike(self.old, self.new):
-            self.server = True
-        if len(before) != len(after) or not self._edited_in_place(before, after):
-            self.add, self.edit, self.remove, self.hairpins = _compare(before, after)
-
-    def _edited_in_place(self, before: tuple[RealServer, ...], after: tuple[RealServer, ...]) -> bool:
-        """Whether both are the same real servers, of which some may be edited: so common that it is tried first."""
-        edit = []
-        for old, new in zip(before, after, strict=True):
-            if old != new:
-                if old.address != new.address or old.port != new.port:
-                    return False
-                if _edited(old, new):
-                    edit.append(new)
-                if old.local or new.local:
-                    self.hairpins = True
-        self.edit = edit
-        return True
 
     def __iter__(self) -> Iterator[VirtualServer]:
         return iter((self.old, self.new))
@@ -146,7 +126,8 @@ class Change(Struct):
 class Plan(Struct, frozen=True):
     """Everything one commit does. An empty plan, and only that, means there is nothing to do.
 
-    `blocked`: wanted virtual addresses that somebody else holds in the kernel.
+    `blocked`: wanted virtual addresses that somebody else holds in the kernel. `reals_only`: it is known to be one
+    change that concerns nothing but real servers (a plan that is not marked may be one too).
     """
 
     add: tuple[VirtualServer, ...] = ()
@@ -157,6 +138,7 @@ class Plan(Struct, frozen=True):
     hairpin_add: tuple[Address, ...] = ()
     hairpin_remove: tuple[Address, ...] = ()
     blocked: tuple[VirtualAddress, ...] = ()
+    reals_only: bool = False
 
     def __bool__(self) -> bool:
         return bool(
@@ -189,6 +171,10 @@ class Plan(Struct, frozen=True):
         return adds, sets, deletes
 
 
+NO_PLAN = Plan()
+_REJECT = NoServers.REJECT
+
+
 def diff(
     held: State, wanted: Mapping[VirtualAddress, VirtualServer], only: Collection[VirtualAddress] | None = None
 ) -> Plan:
@@ -205,7 +191,7 @@ def diff(
     for at in keys:
         old, new = held.servers.get(at), wanted.get(at)
         if old is None and new is not None and at in held.adoptable:
-            change.append(Change(held.adoptable[at], new))
+            change.append(compare(held.adoptable[at], new))
             _count_hairpins(hairpins, new, +1)
             _add(vips, at.address, +new.bound)
             continue
@@ -215,7 +201,7 @@ def diff(
         if old is not None and new is not None:
             if old is new or old == new:
                 continue  # the common case of a full look; what both need cancels out
-            if differing := Change(old, new):
+            if differing := compare(old, new):
                 change.append(differing)
             _count_hairpins(hairpins, old, -1)
             _count_hairpins(hairpins, new, +1)
@@ -268,41 +254,88 @@ def reals_only(held: State, change: Change) -> Plan | None:
         return None
     if old.bound and old.at.address not in held.vips:
         return None
-    return Plan((), (change,)) if change.edit or change.add or change.remove else Plan()
+    if change.edit or change.add or change.remove:
+        # a server whose guard entries go by its real servers is not marked: one that drops when it has none
+        return Plan((), (change,), (), (), (), (), (), (), old.bound and old.no_servers is _REJECT)
+    return NO_PLAN
 
 
-def _compare(
-    before: tuple[RealServer, ...], after: tuple[RealServer, ...]
-) -> tuple[list[RealServer], list[RealServer], list[RealServer], bool]:
-    """Real servers to add, to edit and to remove, and whether one that differs is local: one walk through both."""
+def compare(old: VirtualServer, new: VirtualServer) -> Change:
+    """What differs between two states of one virtual server."""
+    server = False
+    if (
+        old.label != new.label
+        or old.scheduler != new.scheduler
+        or old.flags != new.flags
+        or old.persistence != new.persistence
+        or old.persistence_prefix != new.persistence_prefix
+        or old.no_servers is not new.no_servers
+        or old.masquerade is not new.masquerade
+        or old.bound is not new.bound
+        or old.kind is not new.kind
+        or (old.allowed is not new.allowed and old.allowed != new.allowed)
+    ):
+        server = True
+    before, after = old.real_servers, new.real_servers
+    # one walk through both; plain indexing and comparing, since the first call of anything costs more than all the rest
     add: list[RealServer] = []
     edit: list[RealServer] = []
     remove: list[RealServer] = []
     hairpins = False
-    rest = iter(before)
-    old = next(rest, None)
-    for new in after:
-        if old == new:
-            old = next(rest, None)
-            continue
-        # both are sorted: what comes before `new` is not wanted any more
-        while old is not None and (old.address, old.port) < (new.address, new.port):
-            remove.append(old)
-            hairpins = hairpins or old.local
-            old = next(rest, None)
-        hairpins = hairpins or new.local
-        if old is None or old.address != new.address or old.port != new.port:
-            add.append(new)
-            continue
-        hairpins = hairpins or old.local
-        if _edited(old, new):
-            edit.append(new)
-        old = next(rest, None)
-    while old is not None:
-        remove.append(old)
-        hairpins = hairpins or old.local
-        old = next(rest, None)
-    return add, edit, remove, hairpins
+    count, index = len(before), 0
+    for real in after:
+        while True:
+            if index == count:
+                add.append(real)
+                hairpins = hairpins or real.local
+                break
+            was = before[index]
+            if was == real:
+                index += 1
+                break
+            if was.address == real.address and was.port == real.port:
+                hairpins = hairpins or was.local or real.local
+                if was.weight != real.weight or _edited(was, real):
+                    edit.append(real)
+                index += 1
+                break
+            # both are sorted: what comes before `real` is not wanted any more
+            if (was.address, was.port) > (real.address, real.port):
+                add.append(real)
+                hairpins = hairpins or real.local
+                break
+            remove.append(was)
+            hairpins = hairpins or was.local
+            index += 1
+    while index < count:
+        was = before[index]
+        remove.append(was)
+        hairpins = hairpins or was.local
+        index += 1
+    return Change(old, new, server, hairpins, add, edit, remove)
+
+
+def keeping(change: Change, kept: Sequence[RealServer]) -> Change:
+    """The change with real servers that it would remove still there, as `kept` has them: weight 0. Both are sorted."""
+    edit, remove = [*change.edit], []
+    reals: list[RealServer] = []
+    index, count = 0, len(kept)
+    for real in change.new.real_servers:
+        while index < count and kept[index] < real:
+            reals.append(kept[index])
+            index += 1
+        reals.append(real)
+    reals += kept[index:]
+    index = 0
+    for was in change.remove:
+        if index < count and kept[index].address == was.address and kept[index].port == was.port:
+            if kept[index].weight != was.weight:
+                edit.append(kept[index])
+            index += 1
+        else:
+            remove.append(was)
+    new = replace(change.new, real_servers=tuple(reals))
+    return Change(change.old, new, change.server, change.hairpins, change.add, edit, remove)
 
 
 def _edited(old: RealServer, new: RealServer) -> bool:
@@ -312,22 +345,6 @@ def _edited(old: RealServer, new: RealServer) -> bool:
         or old.forwarding != new.forwarding
         or old.upper_threshold != new.upper_threshold
         or old.lower_threshold != new.lower_threshold
-    )
-
-
-def _alike(old: VirtualServer, new: VirtualServer) -> bool:
-    """Everything but the real servers is the same."""
-    return (
-        old.label == new.label
-        and old.scheduler == new.scheduler
-        and old.flags == new.flags
-        and old.persistence == new.persistence
-        and old.persistence_prefix == new.persistence_prefix
-        and old.no_servers is new.no_servers
-        and old.masquerade is new.masquerade
-        and old.bound == new.bound
-        and old.kind is new.kind
-        and old.allowed == new.allowed
     )
 
 

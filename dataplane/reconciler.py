@@ -11,18 +11,18 @@ from typing import Literal, Protocol
 
 from msgspec import Struct
 
-from .backend import Backend, Transaction
+from .backend import Backend
 from .desired import Desired, Rules
-from .drain import DrainKey, Drains, with_reals
+from .drain import DrainKey, Drains
 from .errors import KernelError, Unanswered
 from .model import Address, Problem, Update, VirtualAddress, VirtualServer
 from .netlink_conntrack import Swept
-from .plan import Change, Plan, State, diff, reals_only
+from .plan import NO_PLAN, Plan, State, compare, diff, keeping, reals_only
 from .staleness import Right, Staleness
 
 TRIES = 3
 """Commits in a row that may end unknown or surprising before a sync gives up until the next one."""
-_NO_PLAN = Plan()
+_TRIES = tuple(range(TRIES))
 MASS_DELETE_SHARE = 0.5
 MASS_DELETE_LEAST = 10
 NAMED = 20
@@ -82,6 +82,7 @@ class Reconciler:
         self._allow_mass_delete = allow_mass_delete
         self._clock = clock
         self._kept: set[DrainKey] = set()
+        self._patient = backend.drains
         self._flow_table = flow_table
         self._staleness = Staleness()
 
@@ -150,10 +151,19 @@ class Reconciler:
     def plan(self, only: Collection[VirtualAddress] | None = None) -> Plan:
         """What a sync would do now. Keeps the drain clocks of what the plan starts to drain."""
         if only is not None and len(only) == 1 and not self.held_back:
-            (one,) = only
-            target, before = self.desired.servers.get(one), self.held.servers.get(one)
+            # one virtual server that is there and stays: a shorter way, without dictionaries, to the same plan
+            (at,) = only
+            target, before = self.desired.servers.get(at), self.held.servers.get(at)
             if target is not None and before is not None:
-                return self._plan_change(before, target)
+                drains = self.drains
+                change = compare(before, self.backend.express(target))
+                if self._patient and (change.remove or drains.deadlines):
+                    drains.revive(at, change.new.real_servers)
+                    kept = drains.let_finish(at, change.remove, self.desired.drain_seconds(at), self._clock())
+                    if kept:
+                        change = keeping(change, kept)
+                plan = reals_only(self.held, change)
+                return diff(self.held, {at: change.new}, only) if plan is None else plan
         desired, held = self.desired.servers, self.held.servers
         keys = desired.keys() | held.keys() if only is None else only
         self._guard_against_mass_delete(keys)
@@ -172,19 +182,6 @@ class Reconciler:
             if target is not None:
                 wanted[at] = target
         return diff(self.held, wanted, only)
-
-    def _plan_change(self, before: VirtualServer, wanted: VirtualServer) -> Plan:
-        """What `plan` says of one virtual server that is there and stays, by a shorter way: no dictionaries."""
-        backend, drains, at = self.backend, self.drains, before.at
-        change = Change(before, backend.express(wanted))
-        if backend.drains and (change.remove or drains.deadlines):
-            target = change.new
-            drains.revive(at, target.real_servers)
-            kept = drains.let_finish(at, change.remove, self.desired.drain_seconds(at), self._clock())
-            if kept:
-                change = Change(before, with_reals(target, kept))
-        plan = reals_only(self.held, change)
-        return diff(self.held, {at: change.new}, (at,)) if plan is None else plan
 
     def _guard_against_mass_delete(self, keys: Collection[VirtualAddress]) -> None:
         if self._allow_mass_delete:
@@ -219,14 +216,14 @@ class Reconciler:
         """Plan, commit, learn. With `only`, just those virtual addresses, at a cost of O(len(only))."""
         started = time.perf_counter()
         adds = sets = deletes = 0
-        plan = _NO_PLAN
+        plan = NO_PLAN
         failed: dict[VirtualAddress, KernelError] = {}
         keys = only
-        for _ in range(TRIES):
+        for _ in _TRIES:
             plan = self.plan(keys)
-            if not plan:
+            if not plan.reals_only and not plan:
                 break
-            unsure = self._commit(self.backend.compile(plan), failed)
+            unsure = self._commit(plan, failed)
             step = plan.counts(skip=failed.keys())
             adds, sets, deletes = adds + step[0], sets + step[1], deletes + step[2]
             if unsure is None:
@@ -273,22 +270,22 @@ class Reconciler:
             self._look_again(suspects)
         return self.sync(cause)
 
-    def _commit(
-        self, transaction: Transaction, failed: dict[VirtualAddress, KernelError]
-    ) -> set[VirtualAddress] | None:
+    def _commit(self, plan: Plan, failed: dict[VirtualAddress, KernelError]) -> set[VirtualAddress] | None:
         """What must be planned again: some addresses, or everything (None) when the outcome is unknown."""
-        self._staleness.touch(transaction.plan.addresses())
-        self._staleness.remove(transaction.plan.remove)
+        backend = self.backend
         try:
-            outcome = self.backend.commit(transaction)
+            outcome = backend.commit(backend.compile(plan))
         except Unanswered:
             self._staleness.touch_everything()
             self.observe()
             return None
+        finally:  # behind the ACK, and also when only a part was done
+            self._staleness.touch(plan.addresses())
+            self._staleness.remove(plan.remove)
         again = set(outcome.unsure)
         failed.update(outcome.failed)
         doubtful = again | outcome.failed.keys()
-        self.held.apply(transaction.plan, doubtful)
+        self.held.apply(plan, doubtful)
         if doubtful:
             self._look_again(doubtful)
         return again
@@ -298,7 +295,7 @@ class Reconciler:
         kept = {at: self.held.servers[at] for at in failed if at in self.held.servers}
         leftovers = diff(self.held, kept, failed)
         if leftovers:
-            self._commit(self.backend.compile(leftovers), {})
+            self._commit(leftovers, {})
 
     def _look_again(self, at: Collection[VirtualAddress]) -> None:
         """Replace what we believe of some addresses by what is there."""
@@ -325,12 +322,14 @@ class Reconciler:
 
     # ------------------------------------------------------------------------------------------------------ flows
 
-    def clean_flows(self) -> Swept | None:
+    def clean_flows(self, *, everything: bool = False) -> Swept | None:
         """Delete UDP conntrack entries that the state reached has made wrong; None = there was nothing to look for.
 
-        Costs nothing when no UDP virtual server has changed since the last call. Raises KernelError; what was to be
-        done is then done by a later call.
+        Costs nothing when no UDP virtual server has changed since the last call, unless `everything` is to be looked
+        at. Raises KernelError; what was to be done is then done by a later call.
         """
+        if everything:
+            self._staleness.touch_everything()
         questions = self._staleness.questions(self.held.servers, self.desired.serving)
         if not questions:
             return None

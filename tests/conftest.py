@@ -3,8 +3,12 @@
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 
 from tests.netns import NetNs, Topology
+
+settings.register_profile("dataplane", deadline=None)  # how fast a busy machine is proves nothing
+settings.load_profile("dataplane")
 
 pytest_plugins = ["tests.guest"]
 

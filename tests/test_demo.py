@@ -16,7 +16,7 @@ import pytest
 from dataplane import demo
 from dataplane.demo import stage as stage_module
 from dataplane.demo.ipvs_act import real_lines
-from dataplane.demo.other_acts import CHAIN
+from dataplane.demo.other_acts import CHAIN, iptables
 from dataplane.demo.page import ClaimFailed, Page, difference
 from dataplane.demo.play import Play
 from dataplane.demo.stage import PodSpec, build_stage
@@ -136,6 +136,31 @@ def test_a_pod_answers_with_its_name_and_streams_until_the_curtain_falls(monkeyp
             stage.curtain.set()
             assert stream.communicate(timeout=20)[0].endswith("web end\n")
         assert stream.returncode == 0
+
+
+@pytest.mark.root
+@pytest.mark.slow
+@pytest.mark.usefixtures("nothing_before")
+def test_iptables_mode_takes_over_from_nftables_mode(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The last act by itself: it needs no IPVS."""
+    whole_ip = stage_module._ip
+
+    def without_the_trial(stage: stage_module.Stage, where: str, *commands: str) -> None:
+        if not any("dummy" in command for command in commands):
+            whole_ip(stage, where, *commands)
+
+    monkeypatch.setattr(stage_module, "_ip", without_the_trial)
+    tutorial = read_tutorial(EXAMPLE)
+    with build_stage(tutorial.pods) as stage, redirect_stdout(io.StringIO()) as told:
+        play = Play(stage, tutorial, tmp_path, pause=False, steps=1)
+        with play.agent_ends():
+            play.manifest.write_text(tutorial.text)
+            play.launch("nftables")
+            iptables(play)
+            play.stop()
+            play.command("node", "dataplane cleanup --all")
+            assert "KUBE" not in play.look("iptables-save")
+    assert told.getvalue().count("\nok  ") == 10
 
 
 @pytest.mark.root

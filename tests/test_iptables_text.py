@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
@@ -209,7 +209,6 @@ def states(draw: st.DrawFn) -> dict[VirtualAddress, VirtualServer]:
     return found
 
 
-@settings(deadline=None)
 @given(st.sampled_from(FORMS), st.lists(states(), min_size=2, max_size=4), st.randoms())
 def test_every_state_of_a_service_follows_every_other(
     form: Form, sequence: list[dict[VirtualAddress, VirtualServer]], rng: random.Random
@@ -238,7 +237,6 @@ def test_every_state_of_a_service_follows_every_other(
         assert books.held == aim
 
 
-@settings(deadline=None)
 @given(st.sampled_from(FORMS), states(), st.randoms())
 def test_one_rule_less_or_moved_is_seen_and_mended(
     form: Form, state: dict[VirtualAddress, VirtualServer], rng: random.Random

@@ -1,13 +1,15 @@
 """Addresses that are not the node's: delivered to IPVS for the ports that are ours, left alone for all others."""
 
 import contextlib
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack
 
 import pytest
 
 from dataplane.backend import Options, open_backend
-from dataplane.ipvs_guard import DELIVERED, DELIVERED_MASK, Guard
+from dataplane.desired import Rules
+from dataplane.ipvs_guard import DELIVERED, DELIVERED_MASK, TABLE, Guard, text
 from dataplane.ipvs_ledger import INSIDE_MARKS, Elements, Marks
 from dataplane.model import Network, VirtualAddress, parse_address, parse_network
 from dataplane.netlink_ipvs import IpvsBackend
@@ -15,6 +17,7 @@ from dataplane.netlink_route import MarkedDelivery
 from dataplane.netlink_socket import NETLINK_NETFILTER, NETLINK_ROUTE, NetlinkSocket
 from dataplane.nft_clients import Clients
 from dataplane.plan import diff
+from dataplane.reconciler import Reconciler
 
 from .netns import NetNs, Topology, gateway
 from .test_ipvs_guard import CIDRS, TCP, UDP, Answerer, ask, ping
@@ -45,6 +48,8 @@ def test_marks_are_given_once_and_again_when_free() -> None:
 
 def test_marks_of_servers_are_no_marks_of_delivery() -> None:
     assert all(mark & DELIVERED_MASK != DELIVERED for mark in (INSIDE_MARKS[0], INSIDE_MARKS[-1]))
+    written = text(Clients())
+    assert {f"{DELIVERED:#010x}", f"{DELIVERED_MASK:#010x}", f"{INSIDE_MARKS[0] - 1:#010x}"} <= set(written.split())
 
 
 # --------------------------------------------------------------------------------------------- rules, without IPVS
@@ -91,8 +96,8 @@ def test_delivery_is_made_once_repaired_and_taken_away(netns: NetNs, delivery: M
 
 @pytest.mark.root
 def test_the_commands_of_a_delivery_make_the_same(netns: NetNs, delivery: MarkedDelivery) -> None:
-    for tool, text in delivery.commands():
-        netns.run(*tool.split(), stdin=text)
+    for tool, commands in delivery.commands():
+        netns.run(*tool.split(), stdin=commands)
     assert delivery.exists()
 
 
@@ -399,3 +404,76 @@ def test_affinity_of_clients_inside(outside: Outside, node: Node, vip: str) -> N
     )
     for ns in (outside.node, outside.pods[0].ns, outside.pods[1].ns):
         assert len({ask(ns, vip, 80).split()[0] for _ in range(6)}) == 1
+
+
+# --------------------------------------------------------------------------------------------------------- damage
+
+SERVERS = (
+    "TCP 10.0.0.1:80 rr label=a/b:http -> 10.1.0.1:80 here, 10.1.0.2:80",
+    "TCP 192.168.0.2:30080 rr NodePort always label=a/b:http -> 10.1.0.1:80, 10.1.0.2:80",
+    "TCP 1.2.3.4:80 rr LoadBalancer node from=10.0.0.0/8+203.0.113.0/25 label=a/b:http -> 10.1.0.1:80",
+    "TCP 1.2.3.4:80 (inside) rr LoadBalancer node label=a/b:http -> 10.1.0.1:80, 10.1.0.2:80",
+    "TCP 1.2.3.5:80 rr LoadBalancer node drop label=a/c",
+    "TCP 1.2.3.6:80 rr ExternalIP always label=a/d",
+    "UDP [2001:db8::9]:53 rr LoadBalancer node from=2001:db8::/32 label=a/e -> [fd00:1::1]:53",
+    "UDP [2001:db8::9]:53 (inside) rr LoadBalancer node label=a/e -> [fd00:1::2]:53",
+)
+STRANGER, OURS = "9.9.9.9 . tcp . 80", "1.2.3.4 . tcp . 80"
+DAMAGE = [
+    *(
+        f"flush set inet {TABLE} {kind}{family}"
+        for kind in ("vips", "servers", "external", "refused", "dropped", "ranged", "allowed", "inside", "hairpin")
+        for family in (4, 6)
+    ),
+    *(f"flush map inet {TABLE} {kind}{family}" for kind in ("inside_marks", "exceptions") for family in (4, 6)),
+    *(
+        f"add element inet {TABLE} {kind}4 {{ {STRANGER} }}"
+        for kind in ("servers", "external", "refused", "dropped", "ranged", "inside")
+    ),
+    f"add element inet {TABLE} allowed4 {{ {STRANGER} . 10.0.0.0/8 }}",
+    f"add element inet {TABLE} inside_marks4 {{ {STRANGER} : 0xda7fffff }}",
+    f"add element inet {TABLE} exceptions4 {{ {STRANGER} : drop }}",
+    f"add element inet {TABLE} refused4 {{ {OURS} }}",
+    f"add element inet {TABLE} dropped4 {{ {OURS} }}",
+    f"add element inet {TABLE} allowed4 {{ {OURS} . 99.0.0.0/8 }}",
+    f"delete element inet {TABLE} exceptions4 {{ {OURS} }}\nadd element inet {TABLE} exceptions4 {{ {OURS} : drop }}",
+    f"delete table inet {TABLE}",
+]
+
+
+@pytest.mark.ipvs
+def test_whatever_is_damaged_is_as_before_after_one_look(netns: NetNs) -> None:
+    def picture() -> list[str]:
+        told = [
+            netns.run(*what.split()).stdout
+            for what in ("nft -s list ruleset", "ipvsadm -S -n", "ip rule", "ip -6 rule")
+        ]
+        return sorted(re.findall(r"[^\s,{}]+", "\n".join(told)))
+
+    with netns.enter():
+        backend = open_backend("ipvs")
+        reconciler = Reconciler(backend, Rules())
+        reconciler.desired.servers = {one.at: one for one in map(server, SERVERS)}
+        backend.prepare()
+        backend.monitors()
+        assert reconciler.sync("start").result == "committed"
+        assert reconciler.verify("look").result == "unchanged"
+        assert not backend.disturbed()
+        whole = picture()
+        for damage in (*DAMAGE, "rule delete priority 87", "-6 route flush table 8686"):
+            if damage.startswith(("rule", "-6")):
+                netns.run("ip", *damage.split())
+            else:
+                netns.run("nft", "-f", "-", stdin=damage + "\n")
+            assert backend.disturbed(), damage
+            reconciler.verify("look")
+            assert picture() == whole, damage
+            assert reconciler.verify("look").result == "unchanged", damage
+        another = open_backend("ipvs")
+        assert another.prepare() == ()
+        assert another.observe().servers == reconciler.held.servers
+        another.close()
+        backend.remove()
+        assert netns.run("ipvsadm", "-S", "-n").stdout == ""
+        assert "8686" not in netns.run("ip", "rule").stdout
+        backend.close()

@@ -1,5 +1,8 @@
 """ipvs_messages.py: golden messages by linux/ip_vs.h, and that templates and the plain codec agree."""
 
+import struct
+
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,7 +23,7 @@ from dataplane.ipvs_messages import (
     name_message,
 )
 from dataplane.model import VirtualServer
-from dataplane.netlink_socket import GENL_HEADER, HEADER, genl_message
+from dataplane.netlink_socket import GENL_HEADER, HEADER, NLM_F_ACK, NLM_F_REQUEST, genl_message
 
 from .words import server, split
 
@@ -69,6 +72,22 @@ def test_each_command_alone() -> None:
         assert name_message(ENCODER.server(command, TUTORIAL))[:2] == (command, TUTORIAL.at)
     for command in (SET_DEST, DEL_DEST):
         assert name_message(ENCODER.real(command, TUTORIAL, real))[:3] == (command, TUTORIAL.at, (real.address, 9376))
+
+
+def test_several_real_servers_in_one_piece_of_which_the_last_asks_for_an_ack() -> None:
+    one, two, odd = (
+        server(f"TCP 10.0.1.175:80 rr -> 10.244.3.{each}").real_servers[0] for each in ("6:1", "7:2 w0", "8:3")
+    )
+    odd = msgspec.structs.replace(odd, upper_threshold=9)
+    commands = [(NEW_DEST, one), (SET_DEST, two), (SET_DEST, odd), (DEL_DEST, one)]
+    for count in (1, 2, 3, 4):
+        plain = [ENCODER.real(command, TUTORIAL, real) for command, real in commands[:count]]
+        last = bytearray(plain[-1])
+        last[6:12] = struct.pack("=H", NLM_F_REQUEST | NLM_F_ACK) + struct.pack(">I", 77)
+        add, edit, remove = (
+            [real for command, real in commands[:count] if command == each] for each in (NEW_DEST, SET_DEST, DEL_DEST)
+        )
+        assert ENCODER.reals(TUTORIAL, add, edit, remove, count, 77) == b"".join(plain[:-1]) + last
 
 
 lines = st.builds(

@@ -75,7 +75,6 @@ def servers(draw: st.DrawFn) -> VirtualServer:
 tables = st.lists(servers(), max_size=8, unique_by=lambda one: one.at)
 relaxed = settings(
     max_examples=40,
-    deadline=None,
     derandomize=True,
     phases=(Phase.explicit, Phase.generate),  # an emulated machine has no time to shrink
     database=None,

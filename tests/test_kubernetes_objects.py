@@ -298,7 +298,7 @@ def test_a_slice() -> None:
     assert found.endpoints == (
         Endpoint(parse_address("10.244.0.1"), weight=7),
         Endpoint(parse_address("10.244.0.2"), False, True, True, "n1", "z1", ("z1", "z2"), ("n1",), "web-0"),
-        Endpoint(parse_address("10.244.0.3"), ready=False, serving=False),
+        Endpoint(parse_address("10.244.0.3"), ready=False),
         Endpoint(parse_address("10.244.0.4")),
     )
 

@@ -154,6 +154,7 @@ def test_what_a_faulty_input_lacks_stays_in_the_old_mode(node: Node) -> None:
     _, switch = node.agent("new", update(hostnames=hostnames("10.244.1.7")), whole=False)
     assert list(node.modes["old"].servers) == [WEB]
     assert "the manifests lack them" in node.told[-1]
+    assert not switch.stuck
     node.later(switch, whole=False)
     assert list(node.modes["old"].servers) == [WEB]
     node.later(switch, whole=True)
@@ -215,6 +216,25 @@ def test_a_drain_ends_with_its_time() -> None:
     node.later(switch, 59)
     assert len(weights(node)) == 3
     node.later(switch, 2)
+    assert switch.leaving == []
+
+
+def test_what_drains_is_no_mass_delete_when_the_rest_has_gone() -> None:
+    node = Node(old_drains=True)
+    views = {
+        name(f"default/s{i}"): view(
+            service(f"default/s{i} 10.0.0.{i} :80/TCP"), endpoints(f"default/s{i}", ":80/TCP", f"10.1.0.{i}")
+        )
+        for i in range(1, 41)
+    }
+    node.agent("old", Update({**views}))
+    for i in range(1, 13):
+        node.modes["old"].connections[at(f"TCP 10.0.0.{i}:80"), *split(f"10.1.0.{i}:80")] = 1
+    _, switch = node.agent("new", Update({key: one for key, one in views.items() if int(key.name[1:]) > 12}))
+    assert list(map(str, switch.leaving)) == ["old: 12 real servers draining"]
+    node.later(switch, 2)
+    assert not switch.stuck
+    node.later(switch, 60)
     assert switch.leaving == []
 
 

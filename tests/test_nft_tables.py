@@ -221,7 +221,7 @@ def test_chains_made_by_netlink_list_as_their_text(backend: NftablesBackend, nod
 
 
 @pytest.mark.root
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.lists(servers, max_size=5), min_size=1, max_size=5))
 def test_any_sequence_of_states(backend: NftablesBackend, node: NetNs, states: list[list[VirtualServer]]) -> None:
     for state in (*states, []):

@@ -4,6 +4,8 @@ import errno
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dataplane.desired import Rules
 from dataplane.model import Update
@@ -165,6 +167,47 @@ def test_half_may_go_at_once_and_everything_when_told() -> None:
     reconciler = start(allowed, twenty(20), allow_mass_delete=True)
     reconciler.sync("change", reconciler.take(twenty(0)))
     assert allowed.servers == {}
+
+
+real_servers = st.lists(
+    st.builds(
+        "10.244.{}.1:{}{}{}".format,
+        st.integers(1, 4),
+        st.integers(1, 2),
+        st.sampled_from(["", "", " w0", " w2"]),
+        st.sampled_from(["", "", "", " here"]),
+    ),
+    max_size=5,
+    unique_by=lambda text: text.split()[0],
+).map(", ".join)
+settings = st.sampled_from(["rr", "rr", "rr", "wlc", "rr drop"])
+
+
+@given(st.lists(st.tuples(settings, real_servers), min_size=2, max_size=4), st.booleans())
+def test_one_server_is_planned_as_among_many(states: list[tuple[str, str]], drains: bool) -> None:
+    """There is a shorter way for one virtual server; it must lead to the same plan, and to the same drain clocks."""
+    one, two = (Reconciler(FakeBackend(drains=drains), Rules(), clock=Clock()) for _ in range(2))
+    for reconciler in (one, two):
+        reconciler.desired.servers[HOSTNAMES] = server("TCP 10.0.1.175:80 {} -> {}".format(*states[0]))
+        reconciler.held.apply(reconciler.plan())
+    for words, reals in states[1:]:
+        plans = []
+        for reconciler, only in ((one, {HOSTNAMES}), (two, None)):
+            reconciler.desired.servers[HOSTNAMES] = server(f"TCP 10.0.1.175:80 {words} -> {reals}")
+            plan = reconciler.plan(only)
+            plans.append(
+                [
+                    sorted(map(shown, plan.add)),
+                    [(shown(each.new), each.server, *map(sorted, each.reals())) for each in plan.change],
+                    plan.remove,
+                    *(set(part) for part in (plan.bind, plan.unbind, plan.hairpin_add, plan.hairpin_remove)),
+                    bool(plan),
+                ]
+            )
+            reconciler.held.apply(plan)
+        assert plans[0] == plans[1]
+        assert one.drains.deadlines == two.drains.deadlines
+        assert one.held.servers == two.held.servers
 
 
 def draining() -> tuple[FakeBackend, Reconciler, Clock]:

@@ -8,7 +8,7 @@ from dataplane import show_text
 from dataplane.backend import RealCounters, ServerReport
 from dataplane.drain import DrainKey
 from dataplane.model import Forwarding, RealServer, VirtualAddress, VirtualServer, parse_address
-from dataplane.plan import Change, Plan
+from dataplane.plan import Plan, compare
 
 from . import words
 
@@ -203,7 +203,7 @@ def test_durations(seconds: float, text: str) -> None:
 
 def test_a_plan_in_one_line_and_by_object() -> None:
     new = VirtualServer(WEB.at, WEB.real_servers[:1], label=WEB.label)
-    plan = Plan(add=(DNS,), change=(Change(WEB, new),), remove=(OTHER,), bind=(DNS.at.address,))
+    plan = Plan(add=(DNS,), change=(compare(WEB, new),), remove=(OTHER,), bind=(DNS.at.address,))
     assert show_text.plan_summary(plan) == (
         "1 virtual server to add, 1 to change, 1 to remove; 2 real servers to remove; 1 VIP to bind"
     )

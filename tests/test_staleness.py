@@ -1,9 +1,11 @@
 """Which UDP flows have to be looked at, and what counts as right: decided from the state reached, never from events."""
 
 import errno
+from collections.abc import AsyncIterator
 
 import pytest
 
+from dataplane.agent import Agent, AgentOptions
 from dataplane.desired import Rules
 from dataplane.errors import KernelError
 from dataplane.model import Address, Protocol, ServicePort, ServiceType, Update, parse_address, parse_network
@@ -233,3 +235,52 @@ def test_another_service_takes_the_address() -> None:
     news = update(dns=None, log=view(service("default/log 10.96.0.10 :53/UDP"), pods))
     assert world.change(news) == [{"10.96.0.10:53": {"10.244.2.3:9053"}}]
     assert split("10.244.2.3:9053") in world.reconciler.desired.serving(at("UDP 10.96.0.10:53"))
+
+
+def test_everything_can_be_asked_for() -> None:
+    world = World()
+    world.start(dns("10.244.1.7"))
+    world.reconciler.clean_flows(everything=True)
+    assert world.table.asked[1:] == [{"10.96.0.10:53": {"10.244.1.7:9053"}}]
+
+
+class Lines:
+    """A log that keeps what it is told, and a source that tells nothing."""
+
+    problems = ()
+
+    def __init__(self) -> None:
+        self.lines: list[tuple[str, dict[str, object]]] = []
+
+    def info(self, event: str, **fields: object) -> None:
+        self.lines.append((event, fields))
+
+    warning = error = info
+
+    def read(self) -> Update:
+        return Update({})
+
+    async def updates(self) -> AsyncIterator[Update]:
+        return
+        yield
+
+
+def test_the_agent_tells_a_failed_look_once_and_tries_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    world, log = World(), Lines()
+    clock = [1000.0]
+    monkeypatch.setattr("dataplane.agent.time.monotonic", lambda: clock[0])
+    agent = Agent(world.reconciler, log, AgentOptions(), log)
+    world.start(dns("10.244.1.7", "10.244.2.3"))
+    world.table.failures = 3
+    world.reconciler.sync("change", world.reconciler.take(dns("10.244.1.7")))
+    world.table.asked.clear()
+    looks = 0
+    while not world.table.asked:
+        agent._clean_flows()
+        looks += 1
+        clock[0] += 0.5
+        assert looks < 100
+    assert clock[0] - 1000 > 7  # after 1, 2 and 4 seconds
+    assert log.lines == [("conntrack", {"result": "failed", "error": "dump: Device or resource busy (EBUSY)"})]
+    assert agent.status()["conntrack"] == {"deleted": 0, "lastError": ""}
+    assert agent.status()["healthy"]

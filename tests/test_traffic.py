@@ -15,7 +15,7 @@ import pytest
 
 from dataplane.model import format_address, parse_address
 
-from .lanes import PARAMETERS, Lane, build_world, scaled
+from .lanes import LANES, PARAMETERS, Lane, build_world, scaled
 from .netns import Pod, Topology
 from .node_agent import VIP, VIP6, NodeAgent, manifest, node_agent
 from .storm import storm
@@ -42,7 +42,7 @@ def agent(world: Topology, lane: Lane, tmp_path: Path) -> Iterator[NodeAgent]:
     with node_agent(world.node, tmp_path, *lane.arguments, "--resync-seconds", "3") as started:
         started.write(manifest([pod.addresses for pod in world.pods]))
         yield started
-    started.run("cleanup", "--force", "--mode", lane.mode)
+    started.run("cleanup", "--force")  # of every mode
 
 
 @pytest.fixture
@@ -257,14 +257,22 @@ def test_open_connections_outlive_their_endpoint_and_their_service(
 # ---------------------------------------------------------------------------------------------------------- storm
 
 
+def through_all_modes(lane: Lane) -> list[Lane]:
+    """The modes that this kernel has, by turns with one of them: the two back ends of iptables are no two modes."""
+    ipvs, nftables, nft, legacy = LANES
+    if lane is ipvs:
+        return [nftables, ipvs, nft, ipvs, legacy]
+    return [nftables, legacy, nftables, nft, nftables] if lane is nft else [nftables, nft, nftables, legacy, nftables]
+
+
 @pytest.mark.slow
 def test_no_connection_fails_while_everything_changes(
     agent: NodeAgent, world: Topology, lane: Lane, record_property: Any
 ) -> None:
-    """New connections without a pause, and long-lived ones, through endpoint changes, SIGKILL with restart, re-syncs.
+    """New connections without a pause, and long-lived ones, through endpoint changes, SIGKILL with restart, re-syncs,
+    and switches through all modes.
 
-    Full size: 100,000 and 200 through 1,000 changes and 20 kills. Another disturbance, such as a switch of modes, is
-    one more phase of the storm.
+    Full size: 100,000 and 200 through 1,000 changes and 20 kills. Another disturbance is one more phase of the storm.
     """
     connections, changes, kills = scaled(100_000), scaled(1_000), scaled(20, least=2)
     rng = random.Random(175)
@@ -290,6 +298,12 @@ def test_no_connection_fails_while_everything_changes(
             agent.start()
             running.phase("re-sync")
             agent.send(signal.SIGHUP)
+        for there in (*through_all_modes(lane), lane):
+            running.phase(f"switch to {there}")
+            agent.stop()
+            agent.options = [*there.arguments, "--resync-seconds", "3"]
+            agent.start()
+            agent.change(other())
         running.wait_for(connections)
         running.phase("end")
         assert running.failures() == Counter()

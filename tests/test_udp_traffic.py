@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -137,6 +138,24 @@ def test_a_client_follows_its_removed_backend_within_a_second(agent: NodeAgent, 
         print(f"{vip}: left {server} after {took:.3f} s")
         assert took < SECOND
     assert agent.status()["healthy"]
+
+
+@pytest.mark.parametrize("to", ["192.0.2.1", "2001:db8::1", "198.51.100.7"])
+def test_a_client_of_a_node_port_or_an_external_ip_follows_too(agent: NodeAgent, world: Topology, to: str) -> None:
+    ports = [{"name": "dns", "port": 53, "protocol": "UDP", "nodePort": 31053}]
+    more: dict[str, Any] = {"type": "NodePort", "ports": ports, "externalIPs": ["198.51.100.7"]}
+    agent.options = (*agent.options, "--external-ip-ranges", "198.51.100.0/24")
+    agent.write(manifest([pod.addresses for pod in world.pods], **more))
+    agent.start()
+    client = Client.of(world.client, to, 53 if to == "198.51.100.7" else 31053)
+    server = client.ask()
+    assert server in {"pod0", "pod1", "pod2"}
+    assert {client.ask() for _ in range(20)} == {server}
+    left = [pod.addresses for n, pod in enumerate(world.pods) if f"pod{n}" != server]
+    agent.write(manifest(left, **more))
+    took = client.until({"pod0", "pod1", "pod2"} - {server}) - synced(agent)
+    print(f"{to}: left {server} after {took:.3f} s")
+    assert took < SECOND
 
 
 def test_the_last_backend_goes_and_another_comes(agent: NodeAgent, world: Topology) -> None:

@@ -56,7 +56,8 @@ def run(ctx: click.Context, /, config_file: str | None, **given: Any) -> None:
     dataplane run --config /etc/dataplane/config.yaml
 
     Watches the manifests, programs the kernel, repairs what others change, and lets removed real servers finish their
-    connections. SIGTERM ends it and leaves the kernel as it is; SIGHUP reads everything again.
+    connections. SIGTERM ends it and leaves the kernel as it is; SIGHUP reads everything again. Started with another
+    --mode than before, it programs that mode and then lets the other one go: no connection fails.
     """
     import asyncio
 
@@ -228,7 +229,8 @@ def diff(config_file: str | None, output: str, **given: Any) -> int:
     dataplane diff -f services.d
     dataplane diff -f services.d -o json
 
-    A summary, then the change in the language of the tools that could make it (nft, ipvsadm, ip). Changes nothing.
+    A summary, then the change in the language of the tools that could make it (nft, ipvsadm, ip,
+    iptables-restore), and other modes that would go. Changes nothing.
     Exit status 0: in sync, 4: differs, 3: the manifests have problems (whether it differs or not).
     """
     return _diff(settle(config_file, given), output)

@@ -42,15 +42,15 @@ def nftables(play: Play) -> None:
         places = [steps.find(word) for word in ("found", "verified", "draining")]
         page.claim("first the new mode, then the old one: at no time none", places == sorted(places), quoted(steps))
         _goes_on(play, download, pod, "the download goes on, through IPVS, which takes no new connections")
-        tally = play.tally(REQUESTS)
-        page.claim("every pod answers; the choice is random now", tally.keys() == play.names.keys(), str(tally))
-        page.prose("The rules of the table are constant. A Service is elements of maps, each with a counter:")
-        listed = play.command("node", ENDPOINTS)
-        counted = {f"{address}:{port}": int(packets) for packets, address, port in _ELEMENT.findall(listed)}
-        page.claim("they counted what the client was told", counted == _by_server(play, tally), str(counted))
-        _leaves_and_returns(play, ENDPOINTS, lambda server: server.replace(":", " . "))
+    tally = play.tally(REQUESTS)
+    page.claim("every pod answers; the choice is random now", tally.keys() == play.names.keys(), str(tally))
+    page.prose("The rules of the table are constant. A Service is elements of maps, each with a counter:")
+    listed = play.command("node", ENDPOINTS)
+    counted = {f"{address}:{port}": int(packets) for packets, address, port in _ELEMENT.findall(listed)}
+    page.claim("they counted what the client was told", counted == _by_server(play, tally), str(counted))
+    _leaves_and_returns(play, ENDPOINTS, lambda server: server.replace(":", " . "))
     page.prose(
-        f"The download has ended. IPVS keeps closed connections for a while; at the latest after --drain-seconds "
+        "IPVS remembers the download's closed connection for a while; at the latest after --drain-seconds "
         f"({play.drain_seconds}) its servers and kube-ipvs0 go."
     )
     play.wait("cat agent.log", lambda text: "step=removed" in text, "ipvs mode goes", play.drain_seconds)
@@ -76,18 +76,18 @@ def iptables(play: Play) -> None:
         play.command("node", STEPS)
         page.claim("nftables mode is gone", "dataplane" not in play.look("nft list tables"), "its table is still there")
         _goes_on(play, download, pod, "the download goes on")
-        rules = play.command("node", "iptables-save -t nat | grep hostnames")
-        page.claim(
-            f"the tutorial's {CHAIN}, with a third, a half of the rest, and the rest",
-            rules.count(f"-A {CHAIN} ") == 3 and "probability 0.3333" in rules and "probability 0.5000" in rules,
-            "the rules above are others",
-        )
-        tally = play.tally(REQUESTS)
-        page.claim("every pod answers", tally.keys() == play.names.keys(), str(tally))
-        shown = play.command("node", "dataplane show --mode iptables")
-        counted = {server: int(count) for server, count in re.findall(r"([\d.]+:\d+) .* (\d+)$", shown, re.MULTILINE)}
-        page.claim("and the rules counted the same", counted == _by_server(play, tally), str(counted))
-        _leaves_and_returns(play, "iptables-save -t nat", str)
+    rules = play.command("node", "iptables-save -t nat | grep hostnames")
+    page.claim(
+        f"the tutorial's {CHAIN}, with a third, a half of the rest, and the rest",
+        rules.count(f"-A {CHAIN} ") == 3 and "probability 0.3333" in rules and "probability 0.5000" in rules,
+        "the rules above are others",
+    )
+    tally = play.tally(REQUESTS)
+    page.claim("every pod answers", tally.keys() == play.names.keys(), str(tally))
+    shown = play.command("node", "dataplane show --mode iptables")
+    counted = {server: int(count) for server, count in re.findall(r"([\d.]+:\d+) .* (\d+)$", shown, re.MULTILINE)}
+    page.claim("and the rules counted the same", counted == _by_server(play, tally), str(counted))
+    _leaves_and_returns(play, "iptables-save -t nat", str)
 
 
 def _by_server(play: Play, tally: dict[str, int]) -> dict[str, int]:

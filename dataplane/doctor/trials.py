@@ -10,10 +10,10 @@ from functools import partial
 from ..backend import Options, open_backend
 from ..configuration import Configuration
 from ..errors import DataplaneError, KernelError, PreflightError, ToolError
-from ..ipvs_guard import Guard
+from ..ipvs_guard import DELIVERED, DELIVERED_MASK, Guard
 from ..ipvs_messages import FAMILY_NAME, Encoder
 from ..model import Address, Family, Protocol, RealServer, VirtualAddress, VirtualServer, format_address, parse_address
-from ..netlink_route import DEVICE, VipDevice
+from ..netlink_route import DEVICE, MarkedDelivery, VipDevice, bring_loopback_up
 from ..netlink_socket import NETLINK_GENERIC, NETLINK_NETFILTER, NETLINK_ROUTE, NetlinkSocket, resolve_family
 from ..nft_clients import Clients
 from ..plan import diff
@@ -55,6 +55,7 @@ def everything(settings: Configuration) -> Iterator[Check]:
         ("ipvs", device, "dummy device", try_device),
         ("ipvs", settings.mode == "ipvs", "IPVS", try_ipvs),
         ("ipvs", settings.mode == "ipvs", "guard table", try_guard),
+        ("ipvs", False, "marked delivery", try_delivery),
         ("nftables", settings.mode == "nftables", "mode nftables", partial(try_mode, "nftables", "mode nftables", "")),
         ("iptables", settings.mode == "iptables", "iptables", partial(try_iptables, settings)),
     ):
@@ -177,6 +178,25 @@ def try_ipvs() -> Iterator[Check]:
             yield Check("IPVS conntrack", "fail", detail, f"{KERNEL_FIX}  # CONFIG_IP_VS_NFCT=y")
         else:
             yield Check("IPVS conntrack", "ok", "net.ipv4.vs.conntrack is there")
+
+
+def try_delivery() -> Iterator[Check]:
+    """Only Services with external or load balancer IPs need it."""
+    with NetlinkSocket(NETLINK_ROUTE) as sock:
+        delivery = MarkedDelivery(sock, DELIVERED, DELIVERED_MASK)
+        bring_loopback_up(sock)
+        try:
+            delivery.ensure()
+        except KernelError as error:
+            detail = f"external and load balancer IPs cannot be served: {error}"
+            yield Check("marked delivery", "fail", detail, f"{KERNEL_FIX}  # CONFIG_IP_MULTIPLE_TABLES=y")
+            return
+        there = delivery.exists()
+        delivery.remove()
+    if there:
+        yield Check("marked delivery", "ok", "routing rules by mark can be made, for external and load balancer IPs")
+    else:
+        yield Check("marked delivery", "fail", "routing rules by mark read back otherwise", "report a bug")
 
 
 def try_guard() -> Iterator[Check]:
