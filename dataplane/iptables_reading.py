@@ -6,7 +6,7 @@ compared with what is there, rule by rule. A group in which anything differs is 
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -82,6 +82,10 @@ class _Found(Struct):
     at: VirtualAddress
     rules: dict[ChainKey, tuple[str, str, str]] = {}
 
+    def targets(self) -> list[ChainKey]:
+        """Where its rules lead."""
+        return [(key[0], target) for key, (_, _, target) in self.rules.items()]
+
     def one_of(self, *keys: ChainKey) -> tuple[ChainKey, str, str, str] | None:
         return next(((key, *self.rules[key]) for key in keys if key in self.rules), None)
 
@@ -97,7 +101,7 @@ def read(form: Form, family: Family, tables: Mapping[str, Table]) -> Contents:
         if servers is None:
             # no cluster IP before it is known to be one: all ports of those are closed
             unknown = VirtualServer(found.at, kind=Kind.EXTERNAL_IP)
-            _damage(contents, found, [unknown], frozenset(_reached(found, chains)))
+            _damage(contents, found, [unknown], frozenset(_reached(found.targets(), chains)))
             continue
         groups.setdefault(group_of(form, servers[0]), []).append((found, servers))
     healthy: set[ChainKey] = set()
@@ -116,9 +120,9 @@ def read(form: Form, family: Family, tables: Mapping[str, Table]) -> Contents:
             contents.servers.update((server.at, server) for server in servers)
             healthy.update(rendered.chains)
             continue
-        reached = {key for found, _ in group for key in _reached(found, chains)}
-        reached.update(key for key in rendered.chains if key in chains)
-        together = frozenset(reached)
+        # also what is there by a name of the group's and nothing leads to, with all that it leads to
+        starts = [key for found, _ in group for key in found.targets()]
+        together = frozenset(_reached([*starts, *rendered.chains], chains))
         for found, some in group:
             _damage(contents, found, some, together)
     for at, damage in contents.damage.items():
@@ -210,9 +214,9 @@ def _damage(contents: Contents, found: _Found, servers: list[VirtualServer], cha
         contents.damage[server.at] = Damage(lines, chains)
 
 
-def _reached(found: _Found, chains: Mapping[ChainKey, list[str]]) -> Iterator[ChainKey]:
-    """Chains of Services that the rules of a site lead to."""
-    waiting = [(key[0], target) for key, (_, _, target) in found.rules.items()]
+def _reached(starts: Iterable[ChainKey], chains: Mapping[ChainKey, list[str]]) -> Iterator[ChainKey]:
+    """Chains of Services among these, and those that they lead to."""
+    waiting = list(starts)
     seen: set[ChainKey] = set()
     while waiting:
         key = waiting.pop()
