@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -144,7 +145,7 @@ def test_a_client_follows_its_removed_backend_within_a_second(agent: NodeAgent, 
 @pytest.mark.parametrize("to", ["192.0.2.1", "2001:db8::1", "198.51.100.7"])
 def test_a_client_of_a_node_port_or_an_external_ip_follows_too(agent: NodeAgent, world: Topology, to: str) -> None:
     ports = [{"name": "dns", "port": 53, "protocol": "UDP", "nodePort": 31053}]
-    more: dict[str, object] = {"type": "NodePort", "ports": ports, "externalIPs": ["198.51.100.7"]}
+    more: dict[str, Any] = {"type": "NodePort", "ports": ports, "externalIPs": ["198.51.100.7"]}
     agent.options = (*agent.options, "--external-ip-ranges", "198.51.100.0/24")
     agent.write(manifest([pod.addresses for pod in world.pods], **more))
     agent.start()
