@@ -26,7 +26,7 @@ from .iptables_books import Books
 from .iptables_chains import express
 from .iptables_save import Table, same_rule, same_rules
 from .iptables_script import Script, Wanted
-from .iptables_text import JUMPS, MARKER, Form, chain_name, fixed, marker
+from .iptables_text import JUMPS, MARKER, Form, chain_name, fixed, form_of, marker
 from .model import Address, Family, VirtualAddress, VirtualServer, family_of
 from .plan import Plan, State
 from .procfs_sysctl import Change, apply, check, restore, running_kernel
@@ -313,8 +313,7 @@ class IptablesBackend:
         wanted = fixed(form, family, fully_random=self._fully_random)
         # the marker comes before any other chain: whatever happens next, these chains are known to be ours
         text = []
-        for name, notes in (("filter", {}), ("nat", settings)):
-            rules = marker(notes)
+        for name, rules in (("filter", marker({})), ("nat", marker(settings, form))):
             if not same_rules(tables.get(name, Table()).chains.get(MARKER, ()), rules):
                 lines = [f"*{name}", f":{MARKER} - [0:0]", *(f"-A {MARKER} {rule}" for rule in rules), "COMMIT"]
                 text.append("\n".join(lines) + "\n")
@@ -373,9 +372,11 @@ class IptablesBackend:
 
     # ------------------------------------------------------------------------------------------------- looking
 
-    def _read(self, family: Family, tables: Mapping[str, Table], *, owned: bool = False) -> Books:
+    def _read(
+        self, family: Family, tables: Mapping[str, Table], *, owned: bool = False, form: Form | None = None
+    ) -> Books:
         ours = {name: table for name, table in tables.items() if owned or table.owned}
-        return Books.read(self._form, family, ours, sections=self._sections(family))
+        return Books.read(form or self._form, family, ours, sections=self._sections(family))
 
     def _sections(self, family: Family) -> bool:
         return family in self._tools and self._tools[family].flavour == "nft"
@@ -405,7 +406,9 @@ class IptablesBackend:
             self._hits[family, name] = (before + last if count < last else before, count)
         for key in [key for key in self._hits if key[0] == family and key[1] not in now]:
             del self._hits[key]
-        return self._read(family, tables), {name: sum(self._hits[family, name]) for name in now}
+        # `show` is not told how the rules were written; they say it
+        form = form_of(tables.get("nat", Table()).chains.get(MARKER, ()))
+        return self._read(family, tables, form=form), {name: sum(self._hits[family, name]) for name in now}
 
     # ------------------------------------------------------------------------------------------------- writing
 

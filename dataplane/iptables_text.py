@@ -17,7 +17,7 @@ from hashlib import sha256
 
 from msgspec import Struct
 
-from .model import Family, Kind, Network, Protocol, RealServer, VirtualAddress, family_of, format_address
+from .model import Family, Kind, Network, Protocol, RealServer, VirtualAddress, family_of, format_address, parse_network
 from .model import format_endpoint as _endpoint
 
 SERVICES, NODEPORTS = "KUBE-SERVICES", "KUBE-NODEPORTS"
@@ -202,9 +202,52 @@ def unallocated(form: Form, family: Family) -> Rules:
     return tuple(f"-d {each} {comment('unallocated cluster IPs')} -j DROP" for each in networks)
 
 
-def marker(settings: Mapping[str, int]) -> Rules:
-    """The rules of the marker chain: whose the table's chains are, and sysctls as they were before us."""
-    return (OWNED, *(comment(f"{name} was {value}") for name, value in settings.items()))
+def marker(settings: Mapping[str, int], form: Form | None = None) -> Rules:
+    """The rules of the marker chain: whose the table's chains are, how they are written, and sysctls as they were
+    before us."""
+    written = _written(form) if form else ""
+    return (
+        OWNED,
+        *((comment(written),) if written else ()),
+        *(comment(f"{name} was {value}") for name, value in settings.items()),
+    )
+
+
+def _written(form: Form) -> str:
+    """A form in a comment; "" when it has too many ranges for one."""
+    words = {
+        "compat": "classic" if form.classic else "current",
+        "everyone": "yes" if form.everyone else "",
+        "clusters": "+".join(map(str, form.clusters)),
+        "bridge": form.bridge,
+        "prefix": form.prefix,
+        "services": "+".join(map(str, form.services)),
+    }
+    text = " ".join(["written with", *(f"{name}={value}" for name, value in words.items() if value)])
+    return text if len(text) <= _COMMENT_BYTES else ""
+
+
+def form_of(rules: Sequence[str]) -> Form | None:
+    """The form that a marker chain names; None when it names none that we write."""
+    for rule in rules:
+        if found := _WRITTEN.fullmatch(rule):
+            words = dict(word.partition("=")[::2] for word in found[1].split())
+            try:
+                return Form(
+                    words.get("compat") == "classic",
+                    words.get("everyone") == "yes",
+                    tuple(map(parse_network, filter(None, words.get("clusters", "").split("+")))),
+                    words.get("bridge", ""),
+                    words.get("prefix", ""),
+                    tuple(map(parse_network, filter(None, words.get("services", "").split("+")))),
+                )
+            except ValueError:
+                return None
+    return None
+
+
+_COMMENT_BYTES = 250  # XT_MAX_COMMENT_LEN is 256
+_WRITTEN = re.compile(r'-m comment --comment "written with ([A-Za-z0-9._:/+= -]+)"')
 
 
 def fixed(form: Form, family: Family, *, fully_random: bool) -> dict[str, Chains]:

@@ -94,11 +94,6 @@ class Marks:
         self.at.clear()
 
 
-def usable(server: VirtualServer) -> bool:
-    """New connections have somewhere to go."""
-    return any(real.weight for real in server.real_servers)
-
-
 def note(elements: Elements, server: VirtualServer, marks: Mapping[VirtualAddress, int]) -> None:
     """A server's own elements."""
     at = server.at
@@ -110,7 +105,7 @@ def note(elements: Elements, server: VirtualServer, marks: Mapping[VirtualAddres
     external = not server.bound and server.kind is not Kind.NODE_PORT
     if external:
         elements.external.add(at)
-    if (external or server.no_servers is NoServers.DROP) and not usable(server):
+    if (external or server.no_servers is NoServers.DROP) and not server.serves():
         (elements.dropped if server.no_servers is NoServers.DROP else elements.refused).add(at)
     if server.masquerade is not Masquerade.DETECT:
         elements.masquerade[at] = server.masquerade
@@ -138,7 +133,7 @@ def concerns(old: VirtualServer, new: VirtualServer) -> bool:
         return True
     if new.kind is not old.kind or new.bound != old.bound or new.allowed != old.allowed:
         return True
-    return (not new.bound or new.no_servers is NoServers.DROP) and usable(old) != usable(new)
+    return (not new.bound or new.no_servers is NoServers.DROP) and old.serves() != new.serves()
 
 
 def note_change(

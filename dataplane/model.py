@@ -380,3 +380,7 @@ class VirtualServer(Struct, frozen=True, gc=False):
     kind: Kind = Kind.CLUSTER_IP
     allowed: tuple[Network, ...] = ()
     """Who may connect (loadBalancerSourceRanges), sorted, none inside another; () = everybody."""
+
+    def serves(self) -> bool:
+        """Some real server takes new connections."""
+        return any(real.weight for real in self.real_servers)

@@ -255,8 +255,10 @@ def reals_only(held: State, change: Change) -> Plan | None:
     if old.bound and old.at.address not in held.vips:
         return None
     if change.edit or change.add or change.remove:
-        # a server whose guard entries go by its real servers is not marked: one that drops when it has none
-        return Plan((), (change,), (), (), (), (), (), (), old.bound and old.no_servers is _REJECT)
+        # what packets meet in front of a server may go by whether it has somebody to serve: elsewhere than at a cluster
+        # IP, or where it drops when it has nobody
+        plain = old.bound and old.no_servers is _REJECT
+        return Plan((), (change,), (), (), (), (), (), (), plain or (old.serves() and change.new.serves()))
     return NO_PLAN
 
 

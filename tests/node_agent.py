@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -125,10 +124,7 @@ class NodeAgent:
         """Replace the manifest file by one that differs, and wait until the kernel has it."""
         before = self.changes()
         self.write(text)
-        deadline = time.monotonic() + seconds
-        while self.changes() == before:
-            assert time.monotonic() < deadline, f"the agent did nothing in {seconds} s"
-            time.sleep(0.005)
+        eventually("the agent carries it out", lambda: self.changes() > before, seconds, 0.005)
 
     def send(self, number: int) -> None:
         """Send the agent a signal; `ip netns exec` has become the agent."""

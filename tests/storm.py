@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .netns import NetNs
-from .traffic import Caller, Held
+from .traffic import Caller, Held, eventually
 
 _ABORT = struct.pack("ii", 1, 0)  # closing resets: no port is kept waiting at either end
 _PORTS = range(2_000, 65_000)
@@ -112,10 +112,7 @@ class Storm:
 
     def wait_for(self, connections: int, seconds: float = 600) -> None:
         """Until so many connections were made."""
-        deadline = time.monotonic() + seconds
-        while self.connections < connections:
-            assert time.monotonic() < deadline, f"{self.connections} of {connections} connections in {seconds} s"
-            time.sleep(0.05)
+        eventually(f"{connections} connections", lambda: self.connections >= connections, seconds)
 
 
 @contextlib.contextmanager

@@ -18,6 +18,8 @@ from dataplane.iptables_text import (
     SERVICE_CHAIN,
     Form,
     chain_name,
+    form_of,
+    marker,
     plain_label,
     shares,
 )
@@ -354,3 +356,22 @@ def test_a_portal_whose_chain_is_not_right_is_damaged_and_rewritten() -> None:
     assert books.tidy
     assert books.held[one.at].scheduler == DAMAGED
     assert f":{svc} - [0:0]" in books.compose([(one.at, one)]).lines
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        Form(),
+        Form(False, True),
+        Form(clusters=(parse_network("10.244.0.0/16"), parse_network("fd00::/8")), bridge="br0", prefix="veth-"),
+        Form(services=(parse_network("10.96.0.0/12"),)),
+    ],
+)
+def test_the_marker_says_how_rules_are_written(form: Form) -> None:
+    assert form_of(marker({"net.ipv4.ip_forward": 0}, form)) == form
+    assert form_of(marker({})) is None
+
+
+def test_a_form_that_no_comment_can_hold_is_left_out() -> None:
+    form = Form(clusters=tuple(parse_network(f"10.{number}.0.0/16") for number in range(40)))
+    assert form_of(marker({}, form)) is None

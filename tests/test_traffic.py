@@ -144,6 +144,7 @@ def test_node_ports_follow_the_nodes_addresses(agent: NodeAgent, world: Topology
     """Every address of the node serves them, also one that comes later; no other port of it is anybody's."""
     ports = [{"name": "http", "port": 80, "protocol": "TCP", "nodePort": 30080}]
     agent.write(manifest([world.pods[0].addresses], type="NodePort", ports=ports))
+    agent.options = (*agent.options, "--drain-seconds", "1")  # so that what is gone goes soon, where modes drain
     agent.start()
     for address in world.node_addresses:
         assert client.ask(address, 30080) == "pod0"

@@ -37,7 +37,9 @@ def world(mode: str) -> Iterator[Topology]:
         [("10.244.3.6", "fd00:3::6"), ("10.244.1.7", "fd00:1::7"), ("10.244.2.3", "fd00:2::3")]
     ) as built:
         for key in ("all", "default", built.bridge, built.uplink):
-            built.node.sysctl(f"ipv4.conf.{key}.send_redirects", 0)  # they use up what the kernel allows of rejects
+            built.node.sysctl(f"ipv4.conf.{key}.send_redirects", 0)
+        for key in ("ipv4.icmp_ratelimit", "ipv6.icmp.ratelimit"):
+            built.node.sysctl(key, 0)  # one refusal a second and client is all the kernel allows otherwise
         if mode != "ipvs":  # VIPs are nobody's addresses: a node needs some route that leads to them
             built.node.ip(*(f"route add default via {each}" for each in built.client_addresses))
         with servers(built.pods):

@@ -181,10 +181,10 @@ class Held:
         self.socket.close()
 
 
-def eventually(what: str, check: object, seconds: float = 30) -> None:
-    """Wait for a condition with a bound; the only place in the tests that sleeps."""
+def eventually(what: str, check: object, seconds: float = 30, pause: float = 0.05) -> None:
+    """Wait for a condition with a bound; the only place in the tests that sleeps for one."""
     assert callable(check)
     deadline = time.monotonic() + seconds
     while not check():
         assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
-        time.sleep(0.05)
+        time.sleep(pause)
