@@ -221,8 +221,15 @@ def layout(server: VirtualServer, held: Entry, homes: "Homes") -> Entry:
         entry.endpoints = dict(enumerate(slots, first))
         return entry
     home = homes.port(server)
-    known = {target: first | homes.number(home, target) for target in wanted}
-    entry.endpoints = {number: target for target, number in known.items()}
+    # who comes takes the number of who goes: fewer elements change, and clients of the one go on with the other
+    gone = [target for target in held.endpoints.values() if target not in wanted] if held.numbers else []
+    known: dict[Target, int] = {}
+    for target in wanted:
+        number = homes.number(home, target, gone)
+        if first | number in entry.endpoints:
+            number = homes.new_number(home, target)
+        known[target] = first | number
+        entry.endpoints[first | number] = target
     entry.numbers = dict(enumerate(map(known.__getitem__, slots), first))
     entry.alive = set(entry.endpoints)
     return entry
@@ -249,12 +256,22 @@ class Homes:
             self._learn(name, next(free))
         return self._ports[name]
 
-    def number(self, home: int, target: Target) -> int:
-        """The number of an endpoint of a Service port."""
+    def number(self, home: int, target: Target, gone: list[Target]) -> int:
+        """The number of an endpoint of a Service port; a new one takes over that of one of `gone`, if there is any."""
         numbers = self._numbers[home]
         if target not in numbers:
-            taken = set(numbers.values())
-            numbers[target] = next(number for number in range(home + 1, home + NUMBER_BITS) if number not in taken)
+            while gone:
+                if (before := numbers.get(gone.pop())) is not None:
+                    numbers[target] = before
+                    return before
+            return self.new_number(home, target)
+        return numbers[target]
+
+    def new_number(self, home: int, target: Target) -> int:
+        """A number that no endpoint of a Service port has."""
+        numbers = self._numbers[home]
+        taken = set(numbers.values())
+        numbers[target] = next(number for number in range(home + 1, home + NUMBER_BITS) if number not in taken)
         return numbers[target]
 
     def learn(self, at: VirtualAddress, entry: Entry) -> None:
