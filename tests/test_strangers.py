@@ -92,7 +92,7 @@ class Ours:
 def test_nothing_of_anybody_else_differs(lane: Lane, netns: NetNs, twin: NetNs, seed: int) -> None:
     """Full size: 2,000 operations of ours, each looked behind; then as many steps of both at the same time."""
     ipvs = lane.mode == "ipvs"
-    operations = scaled(400 if ipvs else 2_000)
+    operations = scaled(400 if ipvs else 2_000, least=20)
     rng = random.Random(f"{lane.name} {seed}")
     stranger = Stranger(rng, (netns, twin), ipvs=ipvs)
     before = everything_else(netns, ipvs=ipvs)
