@@ -294,7 +294,7 @@ def node(outside: Outside) -> Iterator[Node]:
 
 
 def reals(vip: str, *numbers: int) -> str:
-    return ", ".join(f"[fd00:244::1{n}]:8080" if ":" in vip else f"10.244.0.1{n}:8080" for n in numbers)
+    return ", ".join(f"[fd00:244::1{n}]:8080 here" if ":" in vip else f"10.244.0.1{n}:8080 here" for n in numbers)
 
 
 def masqueraded(vip: str) -> str:
@@ -345,7 +345,7 @@ def test_policy_local_outside_inside_and_on_the_node(outside: Outside, node: Nod
         pod1 = own_address(outside, vip, 1)
         for target, port in ((vip, 80), (own, 30080)):
             seen = {ask(outside.pods[1].ns, target, port, number) for _ in range(4)}
-            assert seen == {f"pod0 {pod1}", f"pod1 {masqueraded(vip)}"} or seen == {f"pod0 {pod1}", f"pod1 {pod1}"}
+            assert seen == {f"pod0 {pod1}", f"pod1 {masqueraded(vip)}"}  # itself by a masqueraded address
             seen = {ask(outside.node, target, port, number) for _ in range(4)}
             assert seen == {f"pod0 {masqueraded(vip)}", f"pod1 {masqueraded(vip)}"}
     table = outside.node.run("ipvsadm", "-l", "-n").stdout
@@ -358,20 +358,15 @@ def test_an_endpoint_with_the_nodes_network(outside: Outside, node: Node, vip: s
     """A process of the node reaches a process of the node by an address that is routed elsewhere."""
     own = outside.topology.node_addresses[":" in vip]
     answerer = Answerer(outside.node, "host", 2222)
+    host, inside = f"{place(own, 2222)} here", f"TCP {place(vip, 80)} (inside) LoadBalancer node label=a/b"
     try:
-        for inside in ("", "(inside) "):
-            lines = [
-                f"{protocol} {place(vip, 80)} {inside}LoadBalancer node label=a/b -> {place(own, 2222)} here"
-                for protocol in ("TCP", "UDP")
-            ]
-            if inside:
-                lines += [
-                    f"{protocol} {place(vip, 80)} LoadBalancer node drop label=a/b" for protocol in ("TCP", "UDP")
-                ]
-            node.holds(*lines)
-            for protocol in (TCP, UDP):
-                for ns in (outside.node, outside.pods[0].ns, *((outside.client,) if not inside else ())):
-                    assert ask(ns, vip, 80, protocol).startswith("host "), (ns.name, protocol, inside)
+        node.holds(f"TCP {place(vip, 80)} LoadBalancer node label=a/b -> {host}")
+        for ns in (outside.node, outside.pods[0].ns, outside.client):
+            assert ask(ns, vip, 80).startswith("host "), ns.name
+        node.holds(f"TCP {place(vip, 80)} LoadBalancer node drop label=a/b", f"{inside} -> {host}")
+        for ns in (outside.node, outside.pods[0].ns):
+            assert ask(ns, vip, 80).startswith("host "), ns.name
+        assert ask(outside.client, vip, 80, patience=1.5) == "nothing"
     finally:
         answerer.close()
 
@@ -391,7 +386,9 @@ def test_no_endpoints(outside: Outside, node: Node, vip: str, verdict: str) -> N
     for ns in (outside.client, outside.node, outside.pods[0].ns):
         for target, port in ((vip, 80), (own, 30080)):
             for protocol in (TCP, UDP):
-                wanted = "nothing" if verdict else "refused"
+                # a datagram of a process of the node is not taken (EPERM) where the guard says so
+                taken = not (ns is outside.node and protocol == UDP and target == vip)
+                wanted = "refused" if taken and not verdict else "nothing"
                 assert ask(ns, target, port, protocol, patience=1.5 if verdict else 4) == wanted, (ns.name, target)
 
 
@@ -465,7 +462,7 @@ def test_whatever_is_damaged_is_as_before_after_one_look(netns: NetNs) -> None:
                 netns.run("ip", *damage.split())
             else:
                 netns.run("nft", "-f", "-", stdin=damage + "\n")
-            assert backend.disturbed(), damage
+            assert backend.disturbed() or picture() == whole, damage  # there may have been nothing in it
             reconciler.verify("look")
             assert picture() == whole, damage
             assert reconciler.verify("look").result == "unchanged", damage
