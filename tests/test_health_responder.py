@@ -294,7 +294,7 @@ def test_the_agent_answers_for_its_services(topology: Topology, tmp_path: Path) 
     with node_agent(topology.node, tmp_path, "--mode", "nftables", "--node-name", "here") as agent:
         agent.write(manifests(True, 32000))
         agent.start()
-        assert asked(32000) == 200
+        eventually("it answers, right behind the first sync", lambda: asked(32000) == 200, 10)
         assert asked(32000, "[2001:db8::1]") == 503
         assert agent.status()["noLocalEndpoints"] == {"internal": 0, "external": 0}
         agent.write(manifests(False, 32000))
