@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from . import changes, daemon, iptables_programming, looking, nft_programming, programming
+from . import changes, daemon, iptables_programming, kinds, looking, nft_programming, programming
 from .isolation import RunFailed, isolated
 from .programming import family_id
 from .records import Key, Records, Target, metadata, table
@@ -30,12 +30,19 @@ TARGETS += tuple(
     )
     for part in ("full", "full, processor time", "change", "change, processor time")
 )
+TARGETS += tuple(
+    Target("kinds", mode, kind.name, kinds.PLAIN.name, 1.5, 10_000)
+    for mode in ("nftables", "ipvs")
+    for kind in kinds.KINDS
+    if kind is not kinds.PLAIN
+)
 BASES = {
     "program": "raw replay",
     "change": "floor",
     "nftables": "raw replay",
     "iptables-legacy": "by hand",
     "iptables-nft": "by hand",
+    "kinds": kinds.PLAIN.name,
 }
 
 
@@ -167,6 +174,26 @@ def measure_iptables(settings: Settings, records: Records) -> None:
                 records.fail(f"{case}, {size}, change: {error}")
 
 
+def measure_kinds(settings: Settings, records: Records) -> None:
+    """Every kind of Service, in turns, in the modes this kernel has."""
+    modes = ["nftables"]
+    try:
+        isolated(family_id)
+        modes.append("ipvs")
+    except (RunFailed, OSError):
+        say("kinds: this kernel has no IPVS, so nftables mode only")
+    size = max(settings.sizes)
+    for mode in modes:
+        for turn in range(settings.rounds):
+            for kind in kinds.KINDS:
+                say(f"kinds: {mode}, {size} Services, round {turn + 1}, {kind.name}")
+                try:
+                    for value in kinds.run(mode, kind, size, settings.changes):
+                        records.add(Key("kinds", size, mode, kind.name), value)
+                except RunFailed as error:
+                    records.fail(f"kinds, {mode}, {size}, {kind.name}: {error}")
+
+
 _QUADRATIC = 3000
 """Services beyond which the tool takes minutes for one section."""
 
@@ -192,6 +219,7 @@ CASES: dict[str, Callable[[Settings, Records], None]] = {
     "agent": measure_daemon,
     "nftables": measure_nftables,
     "iptables": measure_iptables,
+    "kinds": measure_kinds,
 }
 
 

@@ -1,12 +1,10 @@
-"""One endpoint of one Service is replaced, for every kind of Service: `python -m bench.kinds [MODE [SERVICES]]`.
+"""One endpoint of one Service is replaced, for every kind of Service.
 
 Each kind has a namespace of its own in which all Services are of that kind; the kinds take turns, round by round. What
 is measured is the whole way from a source's update to the kernel's ACK (`take`, plan, commit), beside that of Services
 with nothing but a cluster IP in the same run.
 """
 
-import statistics
-import sys
 import time
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -31,10 +29,7 @@ from dataplane.reconciler import Reconciler
 from . import workload
 from .isolation import RunFailed, isolated
 
-ROUNDS = 5
-CHANGES = 200
 WARM_UP = 20
-TARGET = 1.5
 RULES = Rules(
     node_name=workload.NODE,
     node_addresses=(parse_address("192.168.0.2"),),
@@ -55,8 +50,9 @@ class Kind(NamedTuple):
 
 
 LOCAL = {"external_local": True}
+PLAIN = Kind("ClusterIP")
 KINDS = (
-    Kind("ClusterIP"),
+    PLAIN,
     Kind("affinity", {"affinity_seconds": 10800}),
     Kind("internal policy Local", {"internal_local": True}),
     Kind("NodePort", node_port=True),
@@ -95,8 +91,8 @@ def view(kind: Kind, number: int, replaced: int = 0) -> ServiceView:
     return replace(plain, service=service)
 
 
-def run(mode: str, kind: Kind, size: int) -> list[float]:
-    """Seconds of each change."""
+def run(mode: str, kind: Kind, size: int, count: int) -> list[float]:
+    """Seconds of `count` changes among `size` Services, each from a source's update to the kernel's ACK."""
 
     def work() -> list[float]:
         backend = open_backend(mode, Options(cluster_cidrs=(parse_network("10.128.0.0/9"),)))
@@ -108,7 +104,7 @@ def run(mode: str, kind: Kind, size: int) -> list[float]:
         if reconciler.sync("bench").result != "committed":
             raise RunFailed(f"{kind.name}: the first sync failed")
         samples = []
-        for turn in range(CHANGES + WARM_UP):
+        for turn in range(count + WARM_UP):
             number = turn * 37 % size
             update = Update({names[number]: view(kind, number, replaced=1 + turn % 500)})
             started = time.perf_counter()
@@ -121,32 +117,3 @@ def run(mode: str, kind: Kind, size: int) -> list[float]:
         return samples[WARM_UP:]
 
     return isolated(work)
-
-
-def main() -> int:
-    """Print the table; 1 when a run failed."""
-    mode = sys.argv[1] if len(sys.argv) > 1 else "nftables"
-    size = int(sys.argv[2]) if len(sys.argv) > 2 else 10_000
-    samples: dict[str, list[float]] = {kind.name: [] for kind in KINDS}
-    failed = False
-    for turn in range(ROUNDS):
-        for kind in KINDS:
-            print(f"kinds: {mode}, {size} Services, round {turn + 1}, {kind.name}", file=sys.stderr)
-            try:
-                samples[kind.name] += run(mode, kind, size)
-            except RunFailed as error:
-                print(f"FAILED: {error}")
-                failed = True
-    base = statistics.median(samples["ClusterIP"] or [float("nan")])
-    print(
-        f"one endpoint replaced, update to ACK, {mode} mode, {size} Services of one kind, target {TARGET} x ClusterIP"
-    )
-    for name, values in samples.items():
-        if values:
-            middle = statistics.median(values)
-            print(f"{name:<40} p50 {middle * 1e6:6.0f} us   {middle / base:4.2f} x")
-    return int(failed)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import changes, iptables_programming, nft_programming, programming, raw, workload
+from bench import changes, iptables_programming, kinds, nft_programming, programming, raw, workload
 from bench.__main__ import read_command_line
 from bench.figures import quantile, ratio, seconds, summarize
 from bench.isolation import RunFailed, isolated
@@ -166,3 +166,9 @@ def test_nftables_bytes_sent_again_leave_what_ours_does() -> None:
     for run in nft_programming.CONTENDERS.values():
         assert run(TINY).wall > 0
     assert len(nft_programming.change(TINY, 5)) == 5
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("kind", kinds.KINDS, ids=lambda kind: kind.name)
+def test_every_kind_of_service_is_changed_and_verified(kind: kinds.Kind) -> None:
+    assert len(kinds.run("nftables", kind, 10, 30)) == 30
