@@ -57,10 +57,11 @@ from .ipvs_messages import (
     name_message,
 )
 from .model import Address, Masquerade, NoServers, VirtualAddress, VirtualServer, format_endpoint
+from .netlink_delivery import MarkedDelivery
 from .netlink_nftables import GROUP as NFTABLES_GROUP
 from .netlink_nftables import foreign_touches
 from .netlink_route import GROUPS as ROUTE_GROUPS
-from .netlink_route import MarkedDelivery, VipBinding, VipDevice, VipRoutes
+from .netlink_route import VipBinding, VipDevice, VipRoutes
 from .netlink_socket import (
     HEADER,
     NETLINK_GENERIC,

@@ -33,12 +33,11 @@ from .netlink_socket import (
     kernel_error,
     message,
 )
-from .nlattr import NlAttrs, Part, Slot, attr, blob, compile_template, cstring, header, nested, u8, u32
+from .nlattr import NlAttrs, Part, Slot, attr, blob, compile_template, cstring, header, nested, u32
 
 RTM_NEWLINK, RTM_DELLINK, RTM_GETLINK, RTM_SETLINK = 16, 17, 18, 19
 RTM_NEWADDR, RTM_DELADDR, RTM_GETADDR = 20, 21, 22
 RTM_NEWROUTE, RTM_DELROUTE, RTM_GETROUTE = 24, 25, 26
-RTM_NEWRULE, RTM_DELRULE, RTM_GETRULE = 32, 33, 34
 GROUPS = (1, 5, 7, 8, 9, 11, 19)
 """RTNLGRP_LINK, IPV4_IFADDR, IPV4_ROUTE, IPV4_RULE, IPV6_IFADDR, IPV6_ROUTE, IPV6_RULE: what `concerns` reads."""
 
@@ -55,8 +54,7 @@ ROUTE_PROTOCOL = 86  # "V"; free in iproute2's rt_protos
 
 _IFINFO = struct.Struct("=BxHiII")  # struct ifinfomsg: family, type, index, flags, change
 _IFADDR = struct.Struct("=BBBBI")  # struct ifaddrmsg: family, prefix length, flags, scope, index
-_RTMSG = struct.Struct("=BBBBBBBBI")  # struct rtmsg: family, dst_len, src_len, tos, table, protocol, scope, type, flags
-_FIBRULE = struct.Struct("=BBBBBBBBI")  # struct fib_rule_hdr: family, lengths, tos, table, 0, 0, action, flags
+RTMSG = struct.Struct("=BBBBBBBBI")  # struct rtmsg: family, dst_len, src_len, tos, table, protocol, scope, type, flags
 _FIRST = HEADER.size + 8 + 4  # payload of the first attribute behind ifaddrmsg
 _GROUP = 64  # addresses in one generated pack call
 
@@ -89,18 +87,6 @@ class RouteAttrs(NlAttrs):
     destination = attr(1, blob)
     out_interface = attr(4, u32)
     table = attr(15, u32)
-
-
-class RuleAttrs(NlAttrs):
-    """FRA_* (linux/fib_rules.h)."""
-
-    in_interface = attr(3, cstring)
-    goto = attr(4, u32)
-    preference = attr(6, u32)
-    mark = attr(10, u32)
-    table = attr(15, u32)
-    mask = attr(16, u32)
-    protocol = attr(21, u8)
 
 
 class Owner(Enum):
@@ -376,7 +362,7 @@ class VipRoutes:
             body = _route(family, 8 * width, scope)
             tail = RouteAttrs.encode(out_interface=LOOPBACK)
             groups = _messages(kind, flags, body, (1,), tail, chosen)  # RTA_DST
-            refused += _refusals(self._sock, operation, groups, HEADER.size + _RTMSG.size + 4, width, fine)
+            refused += _refusals(self._sock, operation, groups, HEADER.size + RTMSG.size + 4, width, fine)
         return refused
 
     def bound(self) -> set[Address]:
@@ -391,7 +377,7 @@ class VipRoutes:
                 continue  # no IPv6 in this kernel, or no such table yet
             for answer in answers:
                 if self.concerns(answer):
-                    destination = RouteAttrs.decode(answer, HEADER.size + _RTMSG.size).get("destination", b"")
+                    destination = RouteAttrs.decode(answer, HEADER.size + RTMSG.size).get("destination", b"")
                     if len(destination) == width:
                         found.add(Address(destination))
         return found
@@ -405,7 +391,7 @@ class VipRoutes:
         """Whether a notification is about one of our routes."""
         if HEADER.unpack_from(notification)[1] not in (RTM_NEWROUTE, RTM_DELROUTE):
             return False
-        _, _, _, _, table, protocol, _, kind, _ = _RTMSG.unpack_from(notification, HEADER.size)
+        _, _, _, _, table, protocol, _, kind, _ = RTMSG.unpack_from(notification, HEADER.size)
         return (table, protocol, kind) == (RT_TABLE_LOCAL, ROUTE_PROTOCOL, RTN_LOCAL)
 
     def commands(self, bind: Iterable[Address], unbind: Iterable[Address]) -> str:
@@ -414,136 +400,6 @@ class VipRoutes:
         lines = [f"route add local {_prefixed(each)} {rest}" for each in _sorted(bind)]
         lines += [f"route delete local {_prefixed(each)} {rest}" for each in _sorted(unbind)]
         return "".join(line + "\n" for line in lines)
-
-
-# ---------------------------------------------------------------------------------------------------------- by mark
-
-DELIVERY_TABLE = 8686
-DELIVERY_PREFERENCE = 86
-_TO_TABLE, _GOTO, _NOP = 1, 2, 3  # FR_ACT_*
-
-
-class MarkedDelivery:
-    """Packets that come in with a mark are delivered to this node: three routing rules and a route for each family.
-
-    `iif lo` stands for everything that does not come in: packets of this node, and the kernel's check of a packet's
-    source, which heeds marks where src_valid_mark is set. These go on as if we were not there.
-    """
-
-    def __init__(self, sock: NetlinkSocket, mark: int, mask: int) -> None:
-        self._sock = sock
-        marked = {"mark": mark, "mask": mask, "protocol": ROUTE_PROTOCOL}
-        after = DELIVERY_PREFERENCE + 2
-        self._rules: tuple[tuple[int, dict[str, object]], ...] = (
-            (_NOP, {"preference": after, **marked}),
-            (_TO_TABLE, {"preference": DELIVERY_PREFERENCE + 1, **marked, "table": DELIVERY_TABLE}),
-            (_GOTO, {"preference": DELIVERY_PREFERENCE, **marked, "in_interface": "lo", "goto": after}),
-        )
-
-    def exists(self) -> bool:
-        """Whether all of it is there, in each family that this kernel has."""
-        return not any(self._missing())
-
-    def ensure(self) -> bool:
-        """Make what is missing; True if something was written."""
-        missing = list(self._missing())
-        for message_, subject in missing:
-            self._sock.request(message_, "add", subject)
-        return bool(missing)
-
-    def remove(self) -> None:
-        """Take away what is ours."""
-        for family in Family:
-            for action, attributes in self._found_rules(family) or ():
-                self._sock.request(_rule(RTM_DELRULE, 0, family, action, attributes), "delete", "routing rule")
-            if self._has_route(family):
-                self._sock.request(_delivery_route(RTM_DELROUTE, 0, family), "delete", "local route")
-
-    def commands(self) -> list[tuple[str, str]]:
-        """What `ensure` makes, as `ip -batch` text for each family."""
-        lines = [f"route add local default dev lo table {DELIVERY_TABLE} protocol {ROUTE_PROTOCOL}"]
-        for action, rule in self._rules:
-            where = f" iif {rule['in_interface']}" if "in_interface" in rule else ""
-            what = {_NOP: "nop", _TO_TABLE: f"table {DELIVERY_TABLE}", _GOTO: f"goto {rule.get('goto')}"}[action]
-            mark = f"fwmark {rule['mark']:#x}/{rule['mask']:#x}"
-            lines.append(f"rule add priority {rule['preference']}{where} {mark} {what} protocol {ROUTE_PROTOCOL}")
-        text = "".join(line + "\n" for line in lines)
-        return [("ip -batch -", text), ("ip -6 -batch -", text)]
-
-    def concerns(self, notification: bytes) -> bool:
-        """Whether a notification of GROUPS is about one of our rules or routes."""
-        kind = HEADER.unpack_from(notification)[1]
-        if kind in (RTM_NEWRULE, RTM_DELRULE):
-            return _decoded_rule(notification)[1].get("protocol") == ROUTE_PROTOCOL
-        if kind not in (RTM_NEWROUTE, RTM_DELROUTE):
-            return False
-        return RouteAttrs.decode(notification, HEADER.size + _RTMSG.size).get("table") == DELIVERY_TABLE
-
-    def _missing(self) -> Iterator[tuple[bytes, str]]:
-        """The messages that make what is not there."""
-        for family in Family:
-            found = self._found_rules(family)
-            if found is None:
-                if family is Family.IPV4:
-                    raise KernelError("read", "routing rules", errno.EOPNOTSUPP, "no CONFIG_IP_MULTIPLE_TABLES")
-                continue
-            if not self._has_route(family):
-                yield _delivery_route(RTM_NEWROUTE, NLM_F_CREATE, family), f"local route of table {DELIVERY_TABLE}"
-            for rule in self._rules:
-                if rule not in found:
-                    text = f"routing rule {rule[1]['preference']}"
-                    yield _rule(RTM_NEWRULE, NLM_F_CREATE | NLM_F_EXCL, family, *rule), text
-
-    def _found_rules(self, family: Family) -> list[tuple[int, dict[str, object]]] | None:
-        """Our rules of a family; None when the kernel does not have the family."""
-        asked = message(RTM_GETRULE, NLM_F_REQUEST, _FIBRULE.pack(family, 0, 0, 0, 0, 0, 0, 0, 0))
-        try:
-            answers = self._sock.dump(asked)
-        except KernelError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EAFNOSUPPORT):
-                raise
-            return None
-        found = []
-        for action, values in map(_decoded_rule, answers):
-            if values.get("protocol") == ROUTE_PROTOCOL:
-                if action != _TO_TABLE:
-                    values.pop("table", None)
-                found.append((action, values))
-        return found
-
-    def _has_route(self, family: Family) -> bool:
-        body = _RTMSG.pack(family, 0, 0, 0, 0, ROUTE_PROTOCOL, 0, 0, 0) + RouteAttrs.encode(table=DELIVERY_TABLE)
-        try:
-            answers = self._sock.dump(message(RTM_GETROUTE, NLM_F_REQUEST, body))
-        except KernelError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EAFNOSUPPORT, errno.ENOENT):
-                raise
-            return False  # there is no such table yet
-        for answer in answers:
-            head = _RTMSG.unpack_from(answer, HEADER.size)
-            table = RouteAttrs.decode(answer, HEADER.size + _RTMSG.size).get("table", head[4])
-            if (table, head[1], head[5], head[7]) == (DELIVERY_TABLE, 0, ROUTE_PROTOCOL, RTN_LOCAL):
-                return True
-        return False
-
-
-def _decoded_rule(answer: bytes) -> tuple[int, dict[str, object]]:
-    """A routing rule: what it does, and its attributes."""
-    action = _FIBRULE.unpack_from(answer, HEADER.size)[7]
-    return action, RuleAttrs.decode(answer, HEADER.size + _FIBRULE.size)
-
-
-def _rule(kind: int, flags: int, family: Family, action: int, attributes: dict[str, object]) -> bytes:
-    body = _FIBRULE.pack(family, 0, 0, 0, 0, 0, 0, action, 0) + RuleAttrs.encode(**attributes)
-    return message(kind, NLM_F_REQUEST | flags, body)
-
-
-def _delivery_route(kind: int, flags: int, family: Family) -> bytes:
-    """`local default dev lo table 8686 proto 86`."""
-    scope = RT_SCOPE_HOST if family is Family.IPV4 else 0
-    body = _RTMSG.pack(family, 0, 0, 0, 0, ROUTE_PROTOCOL, scope, RTN_LOCAL, 0)
-    body += RouteAttrs.encode(out_interface=LOOPBACK, table=DELIVERY_TABLE)
-    return message(kind, NLM_F_REQUEST | flags, body)
 
 
 def _sorted(addresses: Iterable[Address]) -> list[Address]:
@@ -559,7 +415,7 @@ def _nodad(address: Address) -> str:
 
 
 def _route(family: Family, prefix: int, scope: int) -> bytes:
-    return _RTMSG.pack(family, prefix, 0, 0, RT_TABLE_LOCAL, ROUTE_PROTOCOL, scope, RTN_LOCAL, 0)
+    return RTMSG.pack(family, prefix, 0, 0, RT_TABLE_LOCAL, ROUTE_PROTOCOL, scope, RTN_LOCAL, 0)
 
 
 # -------------------------------------------------------------------------------------------------- links, addresses

@@ -17,7 +17,7 @@ TABLE = """
 7   agent mode_switch netlink_ipvs
 6   ipvs_guard nft_tables iptables_restore manifest_files reconciler health_responder testing
 5   ipvs_ledger nft_chains nft_skeleton iptables_books run_iptables configuration show_text netlink_conntrack
-4   backend netlink_node nft_layout ipvsadm_text ipvs_proc_text netlink_nftables manifest_content
+4   backend netlink_node netlink_delivery nft_layout ipvsadm_text ipvs_proc_text netlink_nftables manifest_content
 4   iptables_reading iptables_script
 3   ipvs_messages nftables_messages nft_clients netlink_route iptables_chains iptables_save
 3   kubernetes_objects manifest_text

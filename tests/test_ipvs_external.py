@@ -12,8 +12,8 @@ from dataplane.desired import Rules
 from dataplane.ipvs_guard import DELIVERED, DELIVERED_MASK, TABLE, Guard, text
 from dataplane.ipvs_ledger import INSIDE_MARKS, Elements, Marks
 from dataplane.model import Network, VirtualAddress, parse_address, parse_network
+from dataplane.netlink_delivery import MarkedDelivery
 from dataplane.netlink_ipvs import IpvsBackend
-from dataplane.netlink_route import MarkedDelivery
 from dataplane.netlink_socket import NETLINK_NETFILTER, NETLINK_ROUTE, NetlinkSocket
 from dataplane.nft_clients import Clients
 from dataplane.plan import diff

@@ -13,7 +13,8 @@ from ..errors import DataplaneError, KernelError, PreflightError, ToolError
 from ..ipvs_guard import DELIVERED, DELIVERED_MASK, Guard
 from ..ipvs_messages import FAMILY_NAME, Encoder
 from ..model import Address, Family, Protocol, RealServer, VirtualAddress, VirtualServer, format_address, parse_address
-from ..netlink_route import DEVICE, MarkedDelivery, VipDevice, bring_loopback_up
+from ..netlink_delivery import MarkedDelivery
+from ..netlink_route import DEVICE, VipDevice, bring_loopback_up
 from ..netlink_socket import NETLINK_GENERIC, NETLINK_NETFILTER, NETLINK_ROUTE, NetlinkSocket, resolve_family
 from ..nft_clients import Clients
 from ..plan import diff
