@@ -29,7 +29,7 @@ ALL_MODES = (*MODES, *PLANNED)
 VIP_BINDINGS = ("device", "routes")
 LOG_FORMATS = ("auto", "human", "json")
 PRIMARY = "primary"
-"""nodePortAddresses: the node's main addresses only, kube-proxy's word."""
+"""nodePortAddresses: the node's main addresses, kube-proxy's word."""
 DAY = 86400
 MAX_BYTES = 1 << 20
 
@@ -97,7 +97,7 @@ class Configuration(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     ] = ()
     node_port_addresses: Annotated[
         tuple[str, ...],
-        Meta(description="Ranges of node addresses that serve node ports, or `primary`; by default all."),
+        Meta(description="Ranges of node addresses that serve node ports, and `primary`; by default all."),
     ] = ()
     external_ip_ranges: Annotated[
         tuple[str, ...],
@@ -246,8 +246,6 @@ def _convert(given: dict[str, Any]) -> tuple[Configuration, list[tuple[str, str]
                 read(text)
             except ValueError as error:
                 faults.append((f"{_field_name(field)}[{index}]", printable(str(error))))
-    if len(values.get("node_port_addresses", ())) > 1 and PRIMARY in values["node_port_addresses"]:
-        faults.append(("nodePortAddresses", f"{PRIMARY} stands alone"))
     return (Configuration() if faults else Configuration(**values)), faults
 
 

@@ -46,7 +46,8 @@ class Rules(Struct, frozen=True):
     `node_name`/`zone`: this node's, "" = unknown. `drain_seconds`: how long a removed real server may finish its
     connections. `node_addresses`: this node's own, without loopback and link-local ones. `node_ips`: its main address
     of each family; () = the first of `node_addresses`. `node_port_ranges`: node ports are served on node addresses
-    within these; a family without any is served on all of its addresses. `primary_node_ports`: on `node_ips` only.
+    within these; a family without any is served on all of its addresses. `primary_node_ports`: on its main addresses,
+    and on those within the ranges.
     `external_ip_ranges`: the externalIPs that a Service may claim (CVE-2020-8554: whoever may write a Service could
     take any address); () = none.
     """
@@ -68,13 +69,13 @@ class Rules(Struct, frozen=True):
 
     def node_port_addresses(self, family: Family) -> list[Address]:
         """Where node ports of a family are served."""
-        if self.primary_node_ports:
-            main = self.main_address(family)
-            return [] if main is None else [main]
         width = WIDTHS[family]
         ranges = [each for each in self.node_port_ranges if len(each.address) == width]
+        main = self.main_address(family) if self.primary_node_ports else None
+        everywhere = not ranges and not self.primary_node_ports
         mine = (one for one in self.node_addresses if len(one) == width)
-        return [one for one in mine if not ranges or any(one in each for each in ranges)]
+        found = [one for one in mine if everywhere or one == main or any(one in each for each in ranges)]
+        return found if main is None or main in found else [main, *found]
 
     def may_claim(self, address: Address) -> bool:
         """Whether a Service may have it as an external IP."""

@@ -267,6 +267,10 @@ def test_node_ports_follow_the_nodes_addresses() -> None:
         ({"node_port_ranges": (parse_network("fd00::/8"),)}, "192.168.0.2 192.168.1.2"),
         ({"node_port_ranges": (parse_network("127.0.0.0/8"),)}, ""),
         ({"primary_node_ports": True}, "192.168.0.2"),
+        (
+            {"primary_node_ports": True, "node_port_ranges": (parse_network("192.168.1.0/24"),)},
+            "192.168.0.2 192.168.1.2",
+        ),
         ({"primary_node_ports": True, "node_ips": (parse_address("192.168.1.2"),)}, "192.168.1.2"),
     ],
 )

@@ -135,7 +135,7 @@ source_options = _together(
         multiple=True,
         metavar="CIDR",
         callback=_each_of("node_port_addresses"),
-        help="Node addresses that serve node ports, as ranges, or `primary`; repeatable; default: all.",
+        help="Node addresses that serve node ports, as ranges or `primary`; repeatable; default: all.",
     ),
     click.option(
         "--external-ip-ranges",
