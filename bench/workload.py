@@ -53,6 +53,11 @@ def view(number: int, weights: tuple[int, ...] = (1,) * ENDPOINTS, replaced: int
     return ServiceView(Service(name, cluster_ips=(vip(number),), ports=(port,)), (one,))
 
 
+def nodes(number: int) -> set[str]:
+    """Where the endpoints of a Service are."""
+    return {endpoint.node for one in view(number).slices for endpoint in one.endpoints}
+
+
 def update(size: int) -> Update:
     """What a source delivers first: all of it."""
     return Update({ObjectName("bench", f"service-{number}"): view(number) for number in range(size)})

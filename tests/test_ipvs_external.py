@@ -389,7 +389,7 @@ def test_no_endpoints(outside: Outside, node: Node, vip: str, verdict: str) -> N
                 # a datagram of a process of the node is not taken (EPERM) where the guard says so
                 taken = not (ns is outside.node and protocol == UDP and target == vip)
                 wanted = "refused" if taken and not verdict else "nothing"
-                assert ask(ns, target, port, protocol, patience=1.5 if verdict else 4) == wanted, (ns.name, target)
+                assert ask(ns, target, port, protocol, patience=1.5 if verdict else 4) == wanted, (ns.name, target, protocol)
 
 
 @pytest.mark.ipvs
@@ -407,9 +407,9 @@ def test_affinity_of_clients_inside(outside: Outside, node: Node, vip: str) -> N
 
 SERVERS = (
     "TCP 10.0.0.1:80 rr label=a/b:http -> 10.1.0.1:80 here, 10.1.0.2:80",
-    "TCP 192.168.0.2:30080 rr NodePort always label=a/b:http -> 10.1.0.1:80, 10.1.0.2:80",
-    "TCP 1.2.3.4:80 rr LoadBalancer node from=10.0.0.0/8+203.0.113.0/25 label=a/b:http -> 10.1.0.1:80",
-    "TCP 1.2.3.4:80 (inside) rr LoadBalancer node label=a/b:http -> 10.1.0.1:80, 10.1.0.2:80",
+    "TCP 192.168.0.2:30080 rr NodePort always label=a/b:http -> 10.1.0.1:80 here, 10.1.0.2:80",
+    "TCP 1.2.3.4:80 rr LoadBalancer node from=10.0.0.0/8+203.0.113.0/25 label=a/b:http -> 10.1.0.1:80 here",
+    "TCP 1.2.3.4:80 (inside) rr LoadBalancer node label=a/b:http -> 10.1.0.1:80 here, 10.1.0.2:80",
     "TCP 1.2.3.5:80 rr LoadBalancer node drop label=a/c",
     "TCP 1.2.3.6:80 rr ExternalIP always label=a/d",
     "UDP [2001:db8::9]:53 rr LoadBalancer node from=2001:db8::/32 label=a/e -> [fd00:1::1]:53",
