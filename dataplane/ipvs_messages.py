@@ -263,6 +263,9 @@ TOGETHER = 8
 """Real servers encoded in one call with their virtual server; more of them go one by one (templates stay few)."""
 
 
+_MASQ = Forwarding.MASQ
+
+
 class Encoder:
     """Messages for one kernel: knows the number that kernel gave to the IPVS family.
 
@@ -274,11 +277,33 @@ class Encoder:
         self.family_id = family_id
         self._marks = marks if marks is not None else {}
         self._new: dict[tuple[object, ...], Callable[..., bytes]] = {}
+        self._usual: dict[tuple[int, int, int, str], Callable[..., bytes]] = {}
         self._plain: dict[tuple[int, ...], Callable[..., bytes]] = {}
         self._asking: dict[tuple[int, ...], Callable[..., bytes]] = {}
 
     def new_server(self, server: VirtualServer) -> bytes:
         """NEW_SERVICE and a NEW_DEST for each real server, in one piece of bytes."""
+        at, reals = server.at, server.real_servers
+        if not (server.flags or server.persistence or at[3]) and server.persistence_prefix == 32:
+            # as nearly all are: plain real servers are only counted
+            width = len(at[1])
+            for real in reals:
+                if (
+                    real.weight != 1
+                    or real.forwarding is not _MASQ
+                    or real.upper_threshold
+                    or real.lower_threshold
+                    or len(real.address) != width
+                ):
+                    break
+            else:
+                template = self._usual.get((len(reals), at[0], width, server.scheduler))
+                if template is not None:
+                    return template(at[1], at[2], *reals)
+        return self._new_server(server)
+
+    def _new_server(self, server: VirtualServer) -> bytes:
+        """The same for any server; templates of usual ones are kept for the shorter way."""
         protocol, address, port, inside = server.at
         if inside:
             return self.server(NEW_SERVICE, server) + b"".join(
@@ -314,6 +339,8 @@ class Encoder:
             template = _service_template(shape_of(server, self.family_id), NEW_SERVICE, tuple(map(_fold, reals)))
             if len(self._new) < 1024:
                 self._new[key] = template
+                if not (settings or server.flags or server.persistence) and server.persistence_prefix == 32:
+                    self._usual[len(reals), protocol, width, server.scheduler] = template
         return template(address, port, *reals)
 
     def server(self, command: int, server: VirtualServer) -> bytes:
