@@ -350,6 +350,9 @@ class Answerer:
             each.close()
 
 
+_udp_ports = itertools.count(10_000)
+
+
 def ask(ns: NetNs, address: str, port: int, protocol: int = TCP, patience: float = 4) -> str:
     """What a client in the namespace gets: an answer, or "refused", or "nothing"."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
@@ -358,6 +361,9 @@ def ask(ns: NetNs, address: str, port: int, protocol: int = TCP, patience: float
     with client:
         client.settimeout(patience)
         try:
+            if protocol == UDP:
+                # a source port used before is an old connection to IPVS and conntrack
+                client.bind(("::" if ":" in address else "0.0.0.0", next(_udp_ports)))
             client.connect((address, port))
             if protocol == UDP:
                 client.send(b"?")
