@@ -208,7 +208,9 @@ def test_external_addresses_in_every_family_and_protocol(mode: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize("mode", [NFTABLES, IPTABLES, IPVS])
-def test_the_cases_of_kube_proxy(mode: str) -> None:
-    done = command("--mode", mode)
+@pytest.mark.parametrize(("name", "flows"), [("flows.yaml", 195), ("edges.yaml", 42)])
+def test_the_cases_in_files(mode: str, name: str, flows: int) -> None:
+    """kube-proxy's own, and what they leave at the edges."""
+    done = command("--mode", mode, str(Path(__file__).parent / "flows" / name))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert last_line(done) == "195 passed, 0 failed, 0 skipped"
+    assert last_line(done) == f"{flows} passed, 0 failed, 0 skipped"
