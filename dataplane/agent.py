@@ -136,6 +136,7 @@ class Agent:
         self._updates: list[Update] = []
         self._reload = False
         self._renumbered = node is not None  # an address may have come before we listened
+        self._renumber_failed = False
         self._disturbed_at: float | None = None
         self._retry_at: float | None = None
         self._backoff = BACKOFF_LEAST
@@ -215,6 +216,8 @@ class Agent:
                 elif self._reload or now >= next_verify or self._due(self._retry_at, now):
                     cause = "reload" if self._reload else "retry" if now < next_verify else "resync"
                     self._reload, self._retry_at = False, None
+                    if self._renumber_failed:
+                        self._renumber()
                     took = time.monotonic()
                     self._report(self._reconciler.verify(cause))
                     took = time.monotonic() - took
@@ -227,7 +230,7 @@ class Agent:
                     self._report(drained)
                 self._switch.step(input_is_whole=not self._source.problems)
             except (DataplaneError, OSError) as error:
-                self._fail(error)
+                next_verify = max(next_verify, self._fail(error))  # also a look that is due waits for the pause
             self._clean_flows()
             await self._follow_health_checks()
 
@@ -270,8 +273,9 @@ class Agent:
     def _renumber(self) -> None:
         """Node ports follow the node's addresses."""
         assert self._node is not None
+        self._renumbered, self._renumber_failed = False, True  # what fails is tried again after a pause, not at once
         touched = self._reconciler.renew(self._node.rules())
-        self._renumbered = False
+        self._renumber_failed = False
         if touched:
             self._report(self._reconciler.sync("node addresses", touched))
 
@@ -343,12 +347,13 @@ class Agent:
         else:
             self._log.info("sync", **fields)
 
-    def _fail(self, error: Exception) -> None:
-        """A sync that could not be carried out: what we know is stale, so look again after a pause."""
+    def _fail(self, error: Exception) -> float:
+        """A sync that could not be carried out: what we know is stale, so look again after a pause; when that ends."""
         self._last_error = str(error)
-        self._retry_at = time.monotonic() + self._backoff
+        again = self._retry_at = time.monotonic() + self._backoff
         self._backoff = min(self._backoff * 2, BACKOFF_MOST)
         self._log.error("sync", mode=self._reconciler.backend.mode, result="failed", error=printable(str(error)))
+        return again
 
     def _tell_problems(self) -> None:
         standing = {*self._source.problems, *self._reconciler.problems}
