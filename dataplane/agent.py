@@ -6,7 +6,7 @@
 
 Everything happens in one thread and one task, so no two syncs ever overlap. A second agent in the same network
 namespace is refused: the lock is an abstract unix socket, which belongs to the namespace as the kernel state does and
-vanishes with the process. The same socket answers `dataplane status`.
+vanishes with the process. Questions are answered on a socket of their own (`control_socket`).
 """
 
 import asyncio
@@ -23,9 +23,13 @@ from typing import Any, Protocol
 
 from msgspec import Struct
 
+from .control_server import ControlServer
+from .control_socket import ControlClient
 from .desired import Rules
-from .errors import AgentUnreachable, DataplaneError
+from .drain import DrainKey
+from .errors import DataplaneError
 from .health_responder import HealthResponder
+from .looks import Looks
 from .model import Problem, Update, VirtualAddress
 from .printable import printable
 from .reconciler import Reconciler, SyncReport
@@ -144,6 +148,8 @@ class Agent:
         self._last: SyncReport | None = None
         self._last_error = ""
         self._health = HealthResponder(log, self._is_healthy)
+        self._looks = reconciler.audience = Looks(reconciler.backend, self._clocks)
+        self._control = ControlServer({"status": self._tell_status, "look": self._tell_look})
         self._flows_retry_at: float | None = None
         self._flows_error = ""
         self._flows_backoff = BACKOFF_LEAST
@@ -160,7 +166,11 @@ class Agent:
             loop.add_signal_handler(number, self._stop_now)
         loop.add_signal_handler(signal.SIGHUP, self._reload_now)
         with agent_lock() as lock:
-            server = await asyncio.start_unix_server(self._answer, sock=lock)
+            holder = await asyncio.start_unix_server(hang_up, sock=lock)
+            try:
+                await self._control.start()
+            except DataplaneError as error:
+                self._log.warning("nobody can ask", error=printable(str(error)))
             reader = asyncio.create_task(self._read_source())
             try:
                 self._begin()
@@ -177,7 +187,9 @@ class Agent:
                 reader.cancel()
                 with contextlib.suppress(asyncio.CancelledError, Exception):
                     await reader
-                server.close()
+                await self._control.close()
+                holder.close()
+                self._looks.close()
                 await self._health.close()
         self._log.info("stopped", mode=self._reconciler.backend.mode, kernel="left as it is")
 
@@ -395,11 +407,15 @@ class Agent:
             "conntrack": {"deleted": self._flows_deleted, "lastError": self._flows_error},
         }
 
-    async def _answer(self, _: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(OSError):
-            writer.write(json.dumps(self.status()).encode())
-            await asyncio.wait_for(writer.drain(), STATUS_TIMEOUT)
-        writer.close()
+    def _tell_status(self) -> bytes:
+        return json.dumps(self.status()).encode()
+
+    def _tell_look(self) -> bytes:
+        return self._looks.look().to_json()
+
+    def _clocks(self) -> dict[DrainKey, float]:
+        now = time.monotonic()
+        return {key: deadline - now for key, deadline in self._reconciler.drains.deadlines.items()}
 
 
 def sync_fields(report: SyncReport, mode: str) -> dict[str, Any]:
@@ -423,6 +439,11 @@ def sync_fields(report: SyncReport, mode: str) -> dict[str, Any]:
             f"{report.held_back} virtual servers would go at once: not removed (--allow-mass-delete removes them)"
         )
     return fields
+
+
+async def hang_up(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Whoever connects to the lock has learned from the kernel who holds it, which is all there is to know."""
+    writer.close()
 
 
 @contextlib.contextmanager
@@ -454,16 +475,9 @@ def _holder() -> int:
 
 
 def read_status() -> dict[str, Any]:
-    """The status of the agent in this network namespace; AgentUnreachable when none answers."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
-        client.settimeout(STATUS_TIMEOUT)
-        try:
-            client.connect(SOCKET)
-            text = b"".join(iter(lambda: client.recv(1 << 16), b""))
-            status: dict[str, Any] = json.loads(text)
-        except (OSError, ValueError) as error:
-            raise AgentUnreachable("no agent runs in this network namespace") from error
-    return status
+    """The status of the agent in this network namespace; AgentUnreachable when none answers, NotRoot for others."""
+    with ControlClient() as agent:
+        return agent.status()
 
 
 def give_memory_back() -> None:

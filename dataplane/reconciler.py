@@ -53,6 +53,16 @@ class FlowTable(Protocol):
         """Delete the entries to some destinations that lead elsewhere than they may."""
 
 
+class Audience(Protocol):
+    """Who has to know which virtual addresses there are before a packet reaches them (`looks.Looks`)."""
+
+    def expect(self, addresses: Collection[VirtualAddress]) -> None:
+        """These are about to be programmed."""
+
+    def forget(self, addresses: Collection[VirtualAddress]) -> None:
+        """These are gone."""
+
+
 class Reconciler:
     """Keeps one backend's kernel state equal to the desired state.
 
@@ -84,6 +94,7 @@ class Reconciler:
         self._kept: set[DrainKey] = set()
         self._patient = backend.drains
         self._flow_table = flow_table
+        self.audience: Audience | None = None
         self._staleness = Staleness()
 
     # -------------------------------------------------------------------------------------------------- learning
@@ -273,6 +284,8 @@ class Reconciler:
     def _commit(self, plan: Plan, failed: dict[VirtualAddress, KernelError]) -> set[VirtualAddress] | None:
         """What must be planned again: some addresses, or everything (None) when the outcome is unknown."""
         backend = self.backend
+        if self.audience is not None and plan.add:
+            self.audience.expect([server.at for server in plan.add])
         try:
             outcome = backend.commit(backend.compile(plan))
         except Unanswered:
@@ -286,6 +299,8 @@ class Reconciler:
         failed.update(outcome.failed)
         doubtful = again | outcome.failed.keys()
         self.held.apply(plan, doubtful)
+        if self.audience is not None and plan.remove:
+            self.audience.forget([server.at for server in plan.remove if server.at not in self.held.servers])
         if doubtful:
             self._look_again(doubtful)
         return again

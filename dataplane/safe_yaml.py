@@ -149,6 +149,8 @@ def _syntax_error(error: yaml.YAMLError) -> DocumentError:
     if isinstance(error, yaml.reader.ReaderError):
         return DocumentError(0, f"not readable as UTF-8 text at byte {error.position}: {error.reason}")
     mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+    if "maximum nesting depth" in str(getattr(error, "problem", "")):  # PyYAML's own bound, since 6.0.4
+        return DocumentError(mark.line if mark else 0, f"nested deeper than {Limits().depth}")
     words = [str(part) for part in (getattr(error, "context", None), getattr(error, "problem", None)) if part]
     return DocumentError(mark.line if mark else 0, "not YAML: " + (", ".join(words) or "syntax error"))
 

@@ -5,185 +5,15 @@ JSON and YAML are written in ASCII, which loses nothing and cannot act on a term
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import msgspec
-from msgspec import Struct
 
-from .backend import ServerReport
-from .drain import DrainKey
-from .ipvsadm_text import scheduler_flags
-from .model import (
-    Forwarding,
-    Problem,
-    Protocol,
-    ServerFlags,
-    VirtualAddress,
-    VirtualServer,
-    format_address,
-    format_endpoint,
-)
+from .model import Problem, VirtualServer, format_address, format_endpoint
 from .plan import Plan
 from .printable import printable
-
-SCHEMA_VERSION = 1
-"""Of all JSON and YAML: raised when a field changes its meaning or goes; new fields may come any time."""
-
-_FORWARDING = {
-    Forwarding.MASQ: "Masq",
-    Forwarding.LOCAL: "Local",
-    Forwarding.TUNNEL: "Tunnel",
-    Forwarding.ROUTE: "Route",
-}
-
-
-class RealServerRow(Struct, frozen=True, rename="camel"):
-    """One real server. `state`: active, draining (a clock runs) or quiescent (weight 0 for another reason)."""
-
-    address: str
-    port: int
-    weight: int
-    state: str
-    drain_seconds_left: int | None
-    forwarding: str
-    active: int
-    inactive: int
-    connections: int | None
-    """All that were ever scheduled to it; null where the mode cannot tell."""
-    bytes_in: int | None
-    bytes_out: int | None
-    upper_threshold: int
-    lower_threshold: int
-
-
-class ServiceRow(Struct, frozen=True, rename="camel"):
-    """One virtual server: one port of a Service at one of its addresses."""
-
-    namespace: str
-    service: str
-    """Name of the Service; "" when the kernel holds no name."""
-    port_name: str
-    address: str
-    """"" for somebody else's server of a firewall mark."""
-    port: int
-    protocol: str
-    kind: str
-    """ClusterIP, NodePort, ExternalIP or LoadBalancer: what sort of address of the Service it is."""
-    inside: bool
-    """Only for clients inside the cluster; there is another one beside it, for everybody else."""
-    firewall_mark: int
-    scheduler: str
-    scheduler_flags: tuple[str, ...]
-    one_packet: bool
-    persistence_seconds: int
-    persistence_prefix: int
-    masquerade: str
-    """Whose source address is rewritten: detect (by the agent's options), node (processes of this node), always."""
-    allowed: tuple[str, ...]
-    """Ranges that may connect; none: everybody."""
-    no_endpoints: str
-    """What clients get when there is no real server: reject or drop."""
-    ours: bool
-    connections: int
-    real_servers: tuple[RealServerRow, ...]
-
-    @property
-    def label(self) -> str:
-        """`namespace/name:port`, as Services are named everywhere here; "" when there is no name."""
-        if not self.service:
-            return ""
-        return f"{self.namespace}/{self.service}" + (f":{self.port_name}" if self.port_name else "")
-
-    @property
-    def vip(self) -> str:
-        """`10.0.1.175:80/TCP` or `FWM 7`."""
-        if not self.address:
-            return f"FWM {self.firewall_mark}"
-        return f"{_host(self.address)}:{self.port}/{self.protocol}"
-
-
-def _host(address: str) -> str:
-    return f"[{address}]" if ":" in address else address
-
-
-def service_rows(reports: Iterable[ServerReport], clocks: Mapping[DrainKey, float]) -> list[ServiceRow]:
-    """What a backend reports, by name; what has no name comes last, in the backend's order."""
-    rows = [_service_row(report, clocks) for report in reports]
-    return sorted(rows, key=lambda row: (not row.ours, not row.service, row.namespace, row.service, row.port_name))
-
-
-def _service_row(report: ServerReport, clocks: Mapping[DrainKey, float]) -> ServiceRow:
-    server = report.server
-    namespace, _, rest = server.label.partition("/")
-    name, _, port_name = rest.partition(":")
-    by_mark = report.fwmark and not report.ours
-    return ServiceRow(
-        namespace,
-        name,
-        port_name,
-        "" if by_mark else format_address(server.at.address),
-        server.at.port,
-        "" if by_mark else _protocol(server.at.protocol),
-        server.kind.value,
-        server.at.inside,
-        report.fwmark,
-        server.scheduler,
-        tuple(filter(None, scheduler_flags(server).split(","))),
-        bool(server.flags & ServerFlags.ONE_PACKET),
-        server.persistence,
-        server.persistence_prefix,
-        server.masquerade.value,
-        tuple(map(str, server.allowed)),
-        server.no_servers.value,
-        report.ours,
-        report.connections,
-        tuple(_real_row(server.at, real, counters, clocks) for real, counters in report.reals),
-    )
-
-
-def _real_row(at: VirtualAddress, real: Any, counters: Any, clocks: Mapping[DrainKey, float]) -> RealServerRow:
-    left = clocks.get(DrainKey(at, real.address, real.port)) if real.weight == 0 else None
-    state = "active" if real.weight else "quiescent" if left is None else "draining"
-    return RealServerRow(
-        format_address(real.address),
-        real.port,
-        real.weight,
-        state,
-        None if left is None else max(0, round(left)),
-        _FORWARDING[real.forwarding],
-        counters.active,
-        counters.inactive,
-        _known(counters.connections),
-        _known(counters.bytes_in),
-        _known(counters.bytes_out),
-        real.upper_threshold,
-        real.lower_threshold,
-    )
-
-
-def _known(value: int) -> int | None:
-    return None if value < 0 else value
-
-
-def _protocol(number: int) -> str:
-    return Protocol(number).name if number in Protocol.__members__.values() else str(number)
-
-
-def chosen(rows: Iterable[ServiceRow], wanted: Sequence[str]) -> list[ServiceRow]:
-    """The rows that a name, `namespace/name`, `namespace/name:port`, VIP, VIP:port or VIP:port/PROTOCOL means."""
-    if not wanted:
-        return list(rows)
-    names = {each.lower() if ":" in each else each for each in wanted}
-    return [row for row in rows if names & _handles(row)]
-
-
-def _handles(row: ServiceRow) -> set[str]:
-    handles = {row.vip, row.vip.lower(), row.vip.rpartition("/")[0], row.address}
-    if row.service:
-        handles |= {row.service, f"{row.namespace}/{row.service}", row.label}
-    return handles - {""}
-
+from .rows import SCHEMA_VERSION, Counts, Look, RealServerRow, ServiceRow, protocol_name
 
 # ----------------------------------------------------------------------------------------------------------- tables
 
@@ -217,25 +47,37 @@ def _count(value: int | None) -> str:
     return "-" if value is None else str(value)
 
 
+def _share(real: RealServerRow) -> str:
+    return "-" if real.share is None else f"{real.share:.1%}"
+
+
+def _rate(row: RealServerRow | ServiceRow) -> str:
+    return "-" if row.rate is None else f"{row.rate:.1f}"
+
+
+def _hits_header(counts: Counts) -> str:
+    return f"HITS({counts.source}{f', {counts.lost} missed' if counts.lost else ''})"
+
+
 _SERVICE_COLUMNS: tuple[tuple[str, bool, _Cell], ...] = (
     ("NAMESPACE", False, lambda row: row.namespace or "-"),
     ("SERVICE", False, _service_cell),
     ("VIP", False, lambda row: row.vip),
     ("TYPE", False, _type),
-    ("SCHED", False, lambda row: row.scheduler),
+    ("SCHED", True, lambda row: row.scheduler),
     ("FLAGS", True, lambda row: ",".join((*row.scheduler_flags, *(["ops"] if row.one_packet else []))) or "-"),
     ("PERSISTENT", True, _persistence),
     ("MASQUERADE", True, lambda row: row.masquerade),
     ("FROM", True, lambda row: ",".join(row.allowed) or "-"),
 )
 _REAL_COLUMNS: tuple[tuple[str, bool, _RealCell], ...] = (
-    ("REAL SERVER", False, lambda real: f"{_host(real.address)}:{real.port}"),
+    ("REAL SERVER", False, lambda real: real.endpoint),
     ("WEIGHT", False, lambda real: str(real.weight)),
     ("FORWARD", True, lambda real: real.forwarding),
     ("STATE", False, _state),
     ("ACTIVE", False, lambda real: str(real.active)),
-    ("INACTIVE", False, lambda real: str(real.inactive)),
-    ("CONNS", False, lambda real: _count(real.connections)),
+    ("INACTIVE", True, lambda real: str(real.inactive)),
+    ("CONNS", True, lambda real: _count(real.connections)),
     ("BYTES IN", True, lambda real: _count(real.bytes_in)),
     ("BYTES OUT", True, lambda real: _count(real.bytes_out)),
 )
@@ -250,10 +92,14 @@ def duration(seconds: float) -> str:
     return f"{whole}s"
 
 
-def service_table(rows: Sequence[ServiceRow], *, wide: bool = False, headers: bool = True) -> str:
-    """One line per real server, grouped under its virtual server."""
+def service_table(look: Look, *, wide: bool = False, headers: bool = True) -> str:
+    """One line per real server, grouped under its virtual server. The header says who counted the hits."""
+    rows = look.services
     services = [column for column in _SERVICE_COLUMNS if wide or not column[1]]
     reals = [column for column in _REAL_COLUMNS if wide or not column[1]]
+    reals += [(_hits_header(look.counts), False, lambda real: _count(real.hits)), ("SHARE", False, _share)]
+    if any(row.rate is not None for row in rows):
+        reals.append(("RATE/S", False, _rate))
     lines = [[name for name, _, _ in (*services, *reals)]] if headers else []
     for row in rows:
         group = [cell(row) for _, _, cell in services]
@@ -284,16 +130,21 @@ def names(rows: Iterable[ServiceRow]) -> str:
 # ----------------------------------------------------------------------------------------------------- JSON and YAML
 
 
-def document(rows: Sequence[ServiceRow], mode: str) -> dict[str, Any]:
+def document(look: Look) -> dict[str, Any]:
     """`show -o json`."""
-    return {"schemaVersion": SCHEMA_VERSION, "mode": mode, "services": msgspec.to_builtins(rows)}
+    return {
+        "schemaVersion": SCHEMA_VERSION,
+        "mode": look.mode,
+        "at": look.at,
+        "counts": msgspec.to_builtins(look.counts),
+        "services": msgspec.to_builtins(look.services),
+    }
 
 
-def json_lines(rows: Sequence[ServiceRow], mode: str) -> str:
+def json_lines(look: Look) -> str:
     """`show -o jsonl`: one virtual server a line."""
-    return "".join(
-        json.dumps({"schemaVersion": SCHEMA_VERSION, "mode": mode, **msgspec.to_builtins(row)}) + "\n" for row in rows
-    )
+    head = {key: value for key, value in document(look).items() if key != "services"}
+    return "".join(json.dumps({**head, **msgspec.to_builtins(row)}) + "\n" for row in look.services)
 
 
 def structured(value: object, output: str) -> str:
@@ -366,7 +217,7 @@ def plan_objects(plan: Plan) -> list[dict[str, Any]]:
             "action": action,
             "kind": "VirtualServer",
             "service": each.label,
-            "vip": f"{format_endpoint(at.address, at.port)}/{_protocol(at.protocol)}",
+            "vip": f"{format_endpoint(at.address, at.port)}/{protocol_name(at.protocol)}",
             "type": each.kind.value,
             "inside": at.inside,
             "realServers": reals,

@@ -400,9 +400,9 @@ def test_show(kernel: Kernel, manifests: Path) -> None:
     invoke("apply", "-f", str(manifests))
     kernel.backend.connections[AT, parse_address("10.244.2.3"), 9376] = 2
     table = """
-NAMESPACE  SERVICE         VIP                TYPE       SCHED  REAL SERVER      WEIGHT  STATE   ACTIVE  INACTIVE  CONNS
-default    hostnames:http  10.0.1.175:80/TCP  ClusterIP  rr     10.244.1.7:9376  1       active  0       0         0
-                                                                10.244.2.3:9376  1       active  2       0         0
+NAMESPACE  SERVICE         VIP                TYPE       REAL SERVER      WEIGHT  STATE   ACTIVE  HITS(fake)  SHARE
+default    hostnames:http  10.0.1.175:80/TCP  ClusterIP  10.244.1.7:9376  1       active  0       0           -
+                                                         10.244.2.3:9376  1       active  2       0           -
 """
     assert invoke("show").stdout.splitlines() == table.strip().splitlines()
     assert invoke("show", "default/hostnames", "-o", "name").stdout == "default/hostnames:http\n"

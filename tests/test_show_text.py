@@ -9,6 +9,7 @@ from dataplane.backend import RealCounters, ServerReport
 from dataplane.drain import DrainKey
 from dataplane.model import Forwarding, RealServer, VirtualAddress, VirtualServer, parse_address
 from dataplane.plan import Plan, compare
+from dataplane.rows import Counts, Look, ServiceRow, chosen, service_rows
 
 from . import words
 
@@ -44,7 +45,11 @@ REPORTS = [
     report(WEB, (0, 0, 12), (2, 1, 10)),
 ]
 CLOCKS = {DrainKey(WEB.at, parse_address("10.44.2.3"), 937): 9 * 60 + 30.0}
-ROWS = show_text.service_rows(REPORTS, CLOCKS)
+ROWS = service_rows(REPORTS, CLOCKS)
+
+
+def look(rows: tuple[ServiceRow, ...] = ROWS, counts: Counts = Counts("ipvs")) -> Look:  # noqa: B008 (immutable)
+    return Look("ipvs", 1.5, counts, rows)
 
 
 def lines(text: str) -> list[str]:
@@ -53,41 +58,42 @@ def lines(text: str) -> list[str]:
 
 def test_the_table_groups_real_servers_under_their_service() -> None:
     table = """
-NAMESPACE  SERVICE    VIP                TYPE       SCHED  REAL SERVER    WEIGHT  STATE         ACTIVE  INACTIVE  CONNS
-default    web:http   10.0.1.175:80/TCP  ClusterIP  rr     10.44.1.7:937  1       active        0       0         12
-                                                           10.44.2.3:937  0       draining 9m   2       1         10
-system     dns        [fd00::10]:53/UDP  ClusterIP  sh     -              -       no endpoints  -       -         -
--          (foreign)  192.0.2.9:443/TCP  -          rr     192.0.2.9:443  0       quiescent     0       0         3
+NAMESPACE  SERVICE    VIP                TYPE       REAL SERVER    WEIGHT  STATE         ACTIVE  HITS(ipvs)  SHARE
+default    web:http   10.0.1.175:80/TCP  ClusterIP  10.44.1.7:937  1       active        0       12          54.5%
+                                                    10.44.2.3:937  0       draining 9m   2       10          45.5%
+system     dns        [fd00::10]:53/UDP  ClusterIP  -              -       no endpoints  -       -           -
+-          (foreign)  192.0.2.9:443/TCP  -          192.0.2.9:443  0       quiescent     0       3           100.0%
 """
-    assert lines(show_text.service_table(ROWS)) == table.strip().splitlines()
+    assert lines(show_text.service_table(look())) == table.strip().splitlines()
 
 
 def test_other_kinds_of_address_say_which_they_are() -> None:
     outside = words.server("TCP 1.2.3.4:80 rr LoadBalancer node drop from=10.0.0.0/8 label=a/b")
     inside = words.server("TCP 1.2.3.4:80 (inside) rr LoadBalancer node label=a/b -> 10.1.0.1:80")
-    rows = show_text.service_rows([report(outside), report(inside, (0, 0, 0))], {})
+    rows = service_rows([report(outside), report(inside, (0, 0, 0))], {})
     table = """
-a  b  1.2.3.4:80/TCP  LoadBalancer         rr  -            -  no local endpoints  -  -  -
-a  b  1.2.3.4:80/TCP  LoadBalancer/inside  rr  10.1.0.1:80  1  active              0  0  0
+a  b  1.2.3.4:80/TCP  LoadBalancer         -            -  no local endpoints  -  -  -
+a  b  1.2.3.4:80/TCP  LoadBalancer/inside  10.1.0.1:80  1  active              0  0  -
 """
-    assert lines(show_text.service_table(rows, headers=False)) == table.strip().splitlines()
-    wide = lines(show_text.service_table(rows, wide=True, headers=False))
+    assert lines(show_text.service_table(look(rows), headers=False)) == table.strip().splitlines()
+    wide = lines(show_text.service_table(look(rows), wide=True, headers=False))
     assert wide[0].split()[6:8] == ["-", "node"]
     assert "10.0.0.0/8" in wide[0]
 
 
 def test_wide_adds_columns_and_headers_can_go() -> None:
-    head, _, _, dns, _ = lines(show_text.service_table(ROWS, wide=True))
-    for name in ("FLAGS", "PERSISTENT", "FORWARD", "BYTES IN", "BYTES OUT"):
+    head, _, _, dns, _ = lines(show_text.service_table(look(), wide=True))
+    for name in ("FLAGS", "PERSISTENT", "FORWARD", "INACTIVE", "CONNS", "BYTES IN", "BYTES OUT"):
         assert name in head
     assert "sh-port,ops" in dns
     assert "10800s/128" in dns
-    assert lines(show_text.service_table(ROWS, headers=False))[0].startswith("default")
+    assert lines(show_text.service_table(look(), headers=False))[0].startswith("default")
 
 
 def test_json_has_a_version_and_documented_names() -> None:
-    document = json.loads(show_text.structured(show_text.document(ROWS, "ipvs"), "json"))
-    assert list(document) == ["schemaVersion", "mode", "services"]
+    document = json.loads(show_text.structured(show_text.document(look()), "json"))
+    assert list(document) == ["schemaVersion", "mode", "at", "counts", "services"]
+    assert document["counts"] == {"source": "ipvs", "hooks": [], "missed": {}, "since": 0.0, "reason": ""}
     assert document["schemaVersion"] == 1
     web, dns, other = document["services"]
     assert web["realServers"][1] == {
@@ -100,6 +106,9 @@ def test_json_has_a_version_and_documented_names() -> None:
         "active": 2,
         "inactive": 1,
         "connections": 10,
+        "hits": 10,
+        "share": 10 / 22,
+        "rate": None,
         "bytesIn": None,
         "bytesOut": None,
         "upperThreshold": 0,
@@ -125,9 +134,11 @@ def test_json_has_a_version_and_documented_names() -> None:
         "noEndpoints": "reject",
         "ours": True,
         "connections": 22,
+        "hits": 22,
+        "rate": None,
     }
     assert (dns["schedulerFlags"], dns["onePacket"], other["ours"]) == (["sh-port"], True, False)
-    assert [json.loads(line)["service"] for line in show_text.json_lines(ROWS, "ipvs").splitlines()] == [
+    assert [json.loads(line)["service"] for line in show_text.json_lines(look()).splitlines()] == [
         "web",
         "dns",
         "",
@@ -137,18 +148,18 @@ def test_json_has_a_version_and_documented_names() -> None:
 def test_yaml_holds_the_same() -> None:
     import yaml
 
-    document = json.loads(show_text.structured(show_text.document(ROWS, "ipvs"), "json"))
+    document = json.loads(show_text.structured(show_text.document(look()), "json"))
     assert yaml.safe_load(show_text.structured(document, "yaml")) == document
 
 
 def test_firewall_marks_have_no_address() -> None:
-    (row,) = show_text.service_rows([report(OTHER, (0, 0, 0), ours=False, fwmark=7)], {})
+    (row,) = service_rows([report(OTHER, (0, 0, 0), ours=False, fwmark=7)], {})
     assert (row.vip, row.address, row.protocol, row.firewall_mark) == ("FWM 7", "", "", 7)
 
 
 def test_forwarding_methods_by_name() -> None:
     one = VirtualServer(OTHER.at, (RealServer(parse_address("192.0.2.10"), 443, forwarding=Forwarding.TUNNEL),))
-    (row,) = show_text.service_rows([report(one, (0, 0, 0))], {})
+    (row,) = service_rows([report(one, (0, 0, 0))], {})
     assert row.real_servers[0].forwarding == "Tunnel"
 
 
@@ -180,17 +191,17 @@ def test_names_once_each_and_the_vip_where_there_is_none() -> None:
     ],
 )
 def test_filters(wanted: list[str], found: list[str]) -> None:
-    assert [row.service for row in show_text.chosen(ROWS, wanted)] == found
+    assert [row.service for row in chosen(ROWS, wanted)] == found
 
 
 def test_nothing_active_reaches_the_terminal() -> None:
     evil = server("10.0.0.1", 80, "default/\x1b[2Jweb\u202e:p\n", scheduler="r\rr")
-    rows = show_text.service_rows([report(evil)], {})
-    table = show_text.service_table(rows) + show_text.names(rows)
+    rows = service_rows([report(evil)], {})
+    table = show_text.service_table(look(rows)) + show_text.names(rows)
     assert table.count("\n") == 3
     assert not set(table) & {"\x1b", "\u202e", "\r"}
-    assert show_text.structured(show_text.document(rows, "ipvs"), "json").isascii()
-    assert show_text.structured(show_text.document(rows, "ipvs"), "yaml").isascii()
+    assert show_text.structured(show_text.document(look(rows)), "json").isascii()
+    assert show_text.structured(show_text.document(look(rows)), "yaml").isascii()
     assert "\x1b" not in show_text.transaction_text("# \x1b[2J\n-A \r", colour=False)
 
 

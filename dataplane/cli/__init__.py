@@ -20,6 +20,7 @@ COMMANDS = {
     "apply": "programming",
     "diff": "programming",
     "show": "looking",
+    "counters": "looking",
     "status": "looking",
     "check": "upkeep",
     "doctor": "upkeep",
@@ -105,6 +106,7 @@ def cli() -> None:
     dataplane apply -f services.d       change it, once
     dataplane run -f services.d         keep it so
     dataplane show                      what the kernel holds
+    dataplane counters --watch          who gets the traffic
 
     Kubernetes-style Services in the Linux kernel, from manifest files, without a cluster.
     """

@@ -1,6 +1,5 @@
-"""show, status: what the kernel holds, and how the agent is."""
+"""show, counters, status: what the kernel holds, who gets the traffic, and how the agent is."""
 
-import sys
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -9,10 +8,12 @@ import click
 
 from ..errors import UsageError
 from ..printable import printable
-from .options import FAILED, colours, common_options, emit, open_kernel, output_option, say, settle
+from .options import FAILED, common_options, emit, output_option, say
+from .viewing import Viewer, watch_options, watched
 
 if TYPE_CHECKING:
     from ..backend import Backend
+    from ..rows import Look
 
 
 TOOLS = ("ipvsadm", "ipvsadm-save", "nft", "iptables")
@@ -51,16 +52,7 @@ def _complete_services(ctx: click.Context, _: click.Parameter, incomplete: str) 
 @common_options
 @output_option("table", "wide", "json", "yaml", "jsonl", "name", *TOOLS)
 @click.option("--all", "everything", is_flag=True, help="Also what somebody else programmed.")
-@click.option("--no-headers", is_flag=True, help="Leave out the line of column names.")
-@click.option("-w", "--watch", is_flag=True, help="Show it again and again, until interrupted.")
-@click.option(
-    "--interval",
-    type=click.FloatRange(0.1),
-    default=2.0,
-    show_default=True,
-    help="Seconds between looks (with --watch).",
-)
-@click.option("-n", "--count", type=click.IntRange(1), help="Look that many times, then end (implies --watch).")
+@watch_options
 def show(
     services: tuple[str, ...],
     config_file: str | None,
@@ -81,54 +73,105 @@ def show(
     dataplane show --mode nftables -o nft                what is ours, for nft -f
     dataplane show --mode iptables -o iptables           what is ours, for iptables-restore
 
-    Read from the kernel, no agent needed. CONNS counts all connections that a real server was ever given.
+    HITS are new connections that were led to a real server; the title says who counted them: the agent's probe, or the
+    mode's own counters. Without an agent the kernel is read.
     """
     if services and output in TOOLS:
         raise UsageError(f"-o {output} shows everything, as that tool does: leave out the names")
-    backend = open_kernel(settle(config_file, given))
-    looks = count or (0 if watch else 1)
-    shown = 0
-    status = 0
-    try:
-        while True:
-            text, status = _shown(backend, services, output, everything, headers=not no_headers)
-            if shown and output in ("table", "wide", *TOOLS):
-                click.echo("\x1b[H\x1b[J" if colours() else "", nl=not colours())
-            click.echo(text, nl=False)
-            sys.stdout.flush()
-            shown += 1
-            if shown == looks:
-                return status
-            time.sleep(interval)
-    finally:
-        backend.close()
+
+    nothing_found = False
+    with Viewer(config_file, given) as viewer:
+
+        def draw() -> str:
+            nonlocal nothing_found
+            if output in TOOLS:
+                return (_ipvsadm if output.startswith("ipvsadm") else _script)(viewer.backend, output)
+            picked = _picked(viewer.look(), services, everything)
+            nothing_found = bool(services) and not picked.services
+            return _shown(picked, services, output, headers=not no_headers)
+
+        clear = output in ("table", "wide", *TOOLS)
+        watched(draw, watch=watch, interval=interval, count=count, clear=clear)
+    return FAILED if nothing_found else 0
 
 
-def _shown(
-    backend: "Backend", services: Sequence[str], output: str, everything: bool, *, headers: bool
-) -> tuple[str, int]:
-    """The text of one look, and its exit status; what is only for people goes to stderr at once."""
+def _picked(look: "Look", services: Sequence[str], everything: bool) -> "Look":
+    """The part of a look that was asked for."""
+    from msgspec.structs import replace
+
+    from ..rows import chosen
+
+    return replace(look, services=tuple(chosen((r for r in look.services if r.ours or everything), services)))
+
+
+def _complain_of_nothing(services: Sequence[str]) -> None:
+    if services:
+        say(f"nothing here is named {' or '.join(services)}")
+    else:
+        say("the kernel holds no Services of ours; dataplane apply -f PATH programs some, show --all shows others'")
+
+
+def _shown(look: "Look", services: Sequence[str], output: str, *, headers: bool) -> str:
+    """The text of one look; what is only for people goes to stderr at once."""
     from .. import show_text
 
-    if output in TOOLS:
-        return (_ipvsadm if output.startswith("ipvsadm") else _script)(backend, output), 0
-    reports = [report for report in backend.report() if report.ours or everything]
-    rows = show_text.service_rows(reports, backend.clocks())
-    picked = show_text.chosen(rows, services)
-    if services and not picked:
-        say(f"nothing here is named {' or '.join(services)}")
-    elif not picked:
-        say("the kernel holds no Services of ours; dataplane apply -f PATH programs some, show --all shows others'")
+    if not look.services:
+        _complain_of_nothing(services)
     match output:
         case "json" | "yaml":
-            text = show_text.structured(show_text.document(picked, backend.mode), output)
+            return show_text.structured(show_text.document(look), output)
         case "jsonl":
-            text = show_text.json_lines(picked, backend.mode)
+            return show_text.json_lines(look)
         case "name":
-            text = show_text.names(picked)
+            return show_text.names(look.services)
         case _:
-            text = show_text.service_table(picked, wide=output == "wide", headers=headers) if picked else ""
-    return text, FAILED if services and not picked else 0
+            return show_text.service_table(look, wide=output == "wide", headers=headers) if look.services else ""
+
+
+@click.command(short_help="Count new connections per backend, live.")
+@click.argument("services", nargs=-1, metavar="[SERVICE|VIP]...", shell_complete=_complete_services)
+@common_options
+@output_option("table", "wide", "json", "jsonl", "yaml")
+@watch_options
+def counters(
+    services: tuple[str, ...],
+    config_file: str | None,
+    output: str,
+    no_headers: bool,
+    watch: bool,
+    interval: float,
+    count: int | None,
+    **given: Any,
+) -> int:
+    """\b
+    dataplane counters
+    dataplane counters default/hostnames --watch --interval 1
+    dataplane counters -n 2 -o jsonl | jq -r 'select(.rate != null) | [.backend, .rate] | @tsv'
+
+    New connections led to each backend, with its share and, from the second look on, its rate. The first line says who
+    counted them: the agent's probe inside the kernel, with what it has missed, or the mode's own counters and why.
+    """
+    nothing_found = False
+    with Viewer(config_file, given) as viewer:
+
+        def draw() -> str:
+            nonlocal nothing_found
+            from .. import counters_text, show_text
+
+            look = _picked(viewer.look(), services, everything=False)
+            nothing_found = bool(services) and not look.services
+            if not look.services:
+                _complain_of_nothing(services)
+            match output:
+                case "json" | "yaml":
+                    return show_text.structured(counters_text.document(look), output)
+                case "jsonl":
+                    return counters_text.json_lines(look)
+                case _:
+                    return counters_text.table(look, wide=output == "wide", headers=not no_headers)
+
+        watched(draw, watch=watch, interval=interval, count=count, clear=output in ("table", "wide"))
+    return FAILED if nothing_found else 0
 
 
 def _ipvsadm(backend: "Backend", output: str) -> str:

@@ -37,7 +37,9 @@ def say_problems(problems: Sequence[object]) -> None:
         click.echo(printable(str(problem), 4096), err=True)
 
 
-def _together(*options: Callable[[Function], Function]) -> Callable[[Function], Function]:
+def together(*options: Callable[[Function], Function]) -> Callable[[Function], Function]:
+    """Several options as one decorator."""
+
     def decorate(function: Function) -> Function:
         for option in reversed(options):
             function = option(function)
@@ -92,7 +94,7 @@ def output_option(*formats: str) -> Callable[[Function], Function]:
     )
 
 
-common_options = _together(
+common_options = together(
     click.option(
         "--mode",
         type=click.Choice(("ipvs", "nftables", "iptables")),
@@ -110,7 +112,7 @@ common_options = _together(
         help="Tracebacks of unexpected errors; run: debug log lines.",
     ),
 )
-source_options = _together(
+source_options = together(
     click.option(
         "-f", "--manifests", multiple=True, metavar="PATH", help="Manifest file or directory (YAML, JSON); repeatable."
     ),
@@ -146,7 +148,7 @@ source_options = _together(
     ),
     click.option("--allow-mass-delete", is_flag=True, default=None, help="Remove also most virtual servers at once."),
 )
-kernel_options = _together(
+kernel_options = together(
     click.option("--masquerade-all", is_flag=True, default=None, help="Masquerade every client."),
     click.option(
         "--cluster-cidr",

@@ -117,7 +117,8 @@ def apply(config_file: str | None, output: str, dry_run: bool, **given: Any) -> 
     if dry_run:
         return _diff(settle(config_file, given), output)
     from ..agent import agent_lock, sync_fields
-    from ..show_text import SCHEMA_VERSION, plural, problem_documents
+    from ..rows import SCHEMA_VERSION
+    from ..show_text import plural, problem_documents
 
     settings = settle(config_file, given)
     source = open_source(settings)
@@ -250,8 +251,8 @@ def _others(settings: "Configuration") -> dict[str, int]:
 
 
 def _diff(settings: "Configuration", output: str) -> int:
+    from ..rows import SCHEMA_VERSION
     from ..show_text import (
-        SCHEMA_VERSION,
         plan_objects,
         plan_summary,
         plural,

@@ -126,7 +126,7 @@ def doctor(config_file: str | None, output: str, **given: Any) -> int:
     from ..backend import MODES
     from ..errors import AgentUnreachable
     from ..model import Address
-    from ..show_text import SCHEMA_VERSION
+    from ..rows import SCHEMA_VERSION
 
     settings = settle(config_file, given)
     if settings.mode not in MODES:
@@ -171,7 +171,8 @@ def check(config_file: str | None, output: str, print_schema: bool, **given: Any
     Reads everything as apply would, says what is wrong (exit status 3), and touches no kernel. Needs no root.
     """
     from ..configuration import schema
-    from ..show_text import SCHEMA_VERSION, plural, problem_documents
+    from ..rows import SCHEMA_VERSION
+    from ..show_text import plural, problem_documents
 
     if print_schema:
         emit(schema(), "json")

@@ -1,0 +1,157 @@
+"""Looks at the kernel for whoever asks the agent: its virtual servers, and hits that never fall.
+
+Reading every counter of a big table takes a good part of a second, during which the agent does nothing else. So a look
+is kept as long as looking would otherwise take more than a twentieth of the time; on small tables that is nothing.
+"""
+
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Protocol
+
+from .backend import Backend, ServerReport
+from .counters import Tally, Target
+from .drain import DrainKey
+from .model import Address, VirtualAddress
+from .rows import Counts, Look, service_rows
+
+PAUSE = 20
+"""How many times as long as it took a look is kept."""
+
+
+class Probe(Protocol):
+    """What counts inside the kernel, for all modes (`bpf.dnat_hits.DnatHits`)."""
+
+    @property
+    def hooks(self) -> tuple[str, ...]:
+        """Where it is attached: `fexit:nf_nat_setup_info`."""
+
+    def expect(self, addresses: Iterable[VirtualAddress]) -> None:
+        """Count connections to these from now on."""
+
+    def forget(self, addresses: Iterable[VirtualAddress]) -> None:
+        """No longer."""
+
+    def read(self) -> Mapping[tuple[int, Address, int, Address, int], int]:
+        """Hits by protocol, VIP, port, real server, its port."""
+
+    def missed(self) -> dict[str, int]:
+        """Hits that could not be counted, by reason."""
+
+    def check(self) -> None:
+        """Attach again where a module has been loaded anew."""
+
+    def close(self) -> None:
+        """Detach."""
+
+
+class Looks:
+    """Rows of one mode, at a bounded cost. `clocks`: seconds left of the drains."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        clocks: Callable[[], Mapping[DrainKey, float]],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._backend = backend
+        self._clocks = clocks
+        self._clock = clock
+        self._tally = Tally()
+        self._probe: Probe | None = None
+        self._since = 0.0
+        self.no_probe = ""
+        """Why the mode's own counters count."""
+        self._last: Look | None = None
+        self._fresh_until = 0.0
+
+    def use(self, probe: Probe, addresses: Collection[VirtualAddress]) -> None:
+        """From now on the probe counts, for the virtual servers at these addresses."""
+        probe.expect(addresses)
+        self._probe, self._since, self._tally, self._last = probe, time.time(), Tally(), None
+        self.no_probe = ""
+
+    def give_up_probe(self, reason: str) -> None:
+        """It cannot count any more, or could not from the start: the mode's own counters do."""
+        if self._probe is not None:
+            self._probe.close()
+            self._probe, self._tally, self._last = None, Tally(), None
+        self.no_probe = reason
+
+    def expect(self, addresses: Collection[VirtualAddress]) -> None:
+        """These are about to be programmed."""
+        if self._probe is not None:
+            self._probe.expect(addresses)
+
+    def forget(self, addresses: Collection[VirtualAddress]) -> None:
+        """These are gone."""
+        if self._probe is not None:
+            self._probe.forget(addresses)
+
+    def check(self) -> None:
+        """On every slow look around: is the probe still where it was?"""
+        if self._probe is not None:
+            self._probe.check()
+
+    def close(self) -> None:
+        """Detach the probe."""
+        if self._probe is not None:
+            self._probe.close()
+            self._probe = None
+
+    def look(self) -> Look:
+        """What the kernel holds, now or a moment ago."""
+        started = self._clock()
+        if self._last is None or started >= self._fresh_until:
+            self._last = self._read()
+            ended = self._clock()
+            self._fresh_until = ended + PAUSE * (ended - started)
+        return self._last
+
+    def _read(self) -> Look:
+        reports = list(self._backend.report())
+        probe, tally = self._probe, self._tally
+        if probe is None:
+            counts = Counts(self._backend.mode, reason=self.no_probe)
+            tally.take(_own(reports))
+        else:
+            counts = Counts("probe", tuple(probe.hooks), probe.missed(), self._since)
+            tally.take(attributed(reports, probe.read()))
+
+        def hits(target: Target, own: int | None) -> int | None:
+            return None if probe is None and own is None else tally.total(target)
+
+        rows = service_rows(reports, self._clocks(), hits, tally.totals())
+        return Look(self._backend.mode, time.time(), counts, rows)
+
+
+def _own(reports: Iterable[ServerReport]) -> dict[Target, int]:
+    return {
+        Target(report.server.at, real.address, real.port): counters.connections
+        for report in reports
+        for real, counters in report.reals
+        if counters.connections >= 0
+    }
+
+
+def attributed(
+    reports: Iterable[ServerReport], read: Mapping[tuple[int, Address, int, Address, int], int]
+) -> dict[Target, int]:
+    """A probe's hits, each at one virtual server.
+
+    Where an address serves clients inside the cluster differently, the probe cannot tell the two virtual servers apart:
+    a hit stands at the one for everybody if that has the real server, else at the one for those inside.
+    """
+    outside: set[Target] = set()
+    inside: set[Target] = set()
+    for report in reports:
+        at = report.server.at
+        (inside if at.inside else outside).update(Target(at, real.address, real.port) for real, _ in report.reals)
+    hits = {}
+    for (protocol, address, port, real, real_port), count in read.items():
+        target = Target(VirtualAddress(protocol, address, port), real, real_port)
+        if target not in outside:
+            twin = Target(VirtualAddress(protocol, address, port, True), real, real_port)
+            if twin in inside:
+                target = twin
+        hits[target] = count
+    return hits
