@@ -65,6 +65,8 @@ class ControlClient:
                 if not chunk:
                     raise AgentUnreachable("the agent hung up")
                 chunks.append(chunk)
+        except ConnectionError as error:
+            raise AgentUnreachable("the agent hung up") from error
         except OSError as error:
             raise AgentUnreachable(f"the agent did not answer: {error}") from error
         answer = b"".join(chunks)

@@ -45,7 +45,7 @@ class Tally:
             for target in [target for target in last if target not in seen][:surplus]:
                 total = last.pop(target) + before.pop(target, 0)
                 self._summed[target.at] = self._summed.pop(target.at, 0) + total
-            while len(self._summed) > self._room:
+            while len(self._summed) > ROOM:
                 del self._summed[next(iter(self._summed))]
 
     def total(self, target: Target) -> int:

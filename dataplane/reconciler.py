@@ -299,8 +299,9 @@ class Reconciler:
         failed.update(outcome.failed)
         doubtful = again | outcome.failed.keys()
         self.held.apply(plan, doubtful)
-        if self.audience is not None and plan.remove:
-            self.audience.forget([server.at for server in plan.remove if server.at not in self.held.servers])
+        if self.audience is not None and (plan.remove or (plan.add and doubtful)):
+            gone = {server.at for server in (*plan.add, *plan.remove)} - self.held.servers.keys() - again
+            self.audience.forget(gone)
         if doubtful:
             self._look_again(doubtful)
         return again

@@ -126,9 +126,9 @@ class Counts(Struct, frozen=True, rename="camel"):
         return sum(self.missed.values())
 
     def __str__(self) -> str:
-        """`probe (fexit:nf_nat_setup_info), missed 0` or `counters of ipvs (why no probe)`."""
+        """`probe (fexit:nf_nat_setup_info), missed 0` or `ipvs mode's own counters (why no probe)`."""
         if self.source != "probe":
-            return f"counters of {self.source} mode" + (f" ({self.reason})" if self.reason else "")
+            return f"{self.source} mode's own counters" + (f" ({self.reason})" if self.reason else "")
         missed = f"missed {self.lost}"
         if self.lost:
             missed += f" ({', '.join(f'{reason} {count}' for reason, count in self.missed.items() if count)})"

@@ -1,0 +1,194 @@
+"""Looks: whose numbers they are, which virtual server a hit stands at, how often the kernel is read, and rates."""
+
+from collections.abc import Iterable, Iterator, Mapping
+
+import pytest
+from msgspec.structs import replace
+
+from dataplane.backend import RealCounters, ServerReport
+from dataplane.desired import Rules
+from dataplane.looks import Looks, attributed
+from dataplane.model import Address, VirtualAddress, parse_address
+from dataplane.plan import diff
+from dataplane.reconciler import Reconciler
+from dataplane.rows import Counts, Look, with_rates
+from dataplane.testing import FakeBackend
+
+from . import words
+
+WEB = words.server("TCP 10.0.0.1:80 rr label=a/web -> 10.1.0.1:80, 10.1.0.2:80")
+POOL = {each: parse_address(each) for each in ("10.0.0.1", "10.1.0.1", "10.1.0.2", "10.1.0.3")}
+
+
+class Kernel(FakeBackend):
+    """A fake whose real servers have counters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: dict[tuple[str, str], int] = {}
+        self.reads = 0
+        self.prepare()
+
+    def report(self) -> Iterator[ServerReport]:
+        self.reads += 1
+        for report in super().report():
+            vip = str(report.server.at)
+            reals = tuple((real, RealCounters(0, 0, self.counts.get((vip, str(real)), 0))) for real, _ in report.reals)
+            yield report._replace(reals=reals)
+
+
+class FakeProbe:
+    hooks = ("fexit:fake",)
+
+    def __init__(self) -> None:
+        self.hits: dict[tuple[int, Address, int, Address, int], int] = {}
+        self.lost: dict[str, int] = {"full": 0}
+        self.expected: set[VirtualAddress] = set()
+        self.closed = False
+
+    def expect(self, addresses: Iterable[VirtualAddress]) -> None:
+        self.expected.update(addresses)
+
+    def forget(self, addresses: Iterable[VirtualAddress]) -> None:
+        self.expected.difference_update(addresses)
+
+    def read(self) -> Mapping[tuple[int, Address, int, Address, int], int]:
+        return self.hits
+
+    def missed(self) -> dict[str, int]:
+        return self.lost
+
+    def check(self) -> None: ...
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def kernel(*servers: str) -> Kernel:
+    made = Kernel()
+    wanted = [words.server(each) for each in servers]
+    made.commit(made.compile(diff(made.observe(), {server.at: server for server in wanted})))
+    return made
+
+
+def hits(look: Look) -> dict[str, dict[str, int | None]]:
+    return {
+        f"{row.vip}{' inside' if row.inside else ''}": {real.endpoint: real.hits for real in row.real_servers}
+        for row in look.services
+    }
+
+
+LINE = "TCP 10.0.0.1:80 rr label=a/web -> 10.1.0.1:80, 10.1.0.2:80"
+
+
+def test_without_a_probe_the_modes_own_counters_count_and_never_fall() -> None:
+    fake = kernel(LINE)
+    looks = Looks(fake, dict)
+    looks.no_probe = "kernel too old"
+    fake.counts["TCP 10.0.0.1:80", "10.1.0.1:80"] = 6
+    fake.counts["TCP 10.0.0.1:80", "10.1.0.2:80"] = 2
+    look = looks.look()
+    assert hits(look) == {"10.0.0.1:80/TCP": {"10.1.0.1:80": 6, "10.1.0.2:80": 2}}
+    assert [real.share for real in look.services[0].real_servers] == [0.75, 0.25]
+    assert str(look.counts) == "fake mode's own counters (kernel too old)"
+    fake.counts["TCP 10.0.0.1:80", "10.1.0.1:80"] = 1
+    looks._fresh_until = 0
+    assert hits(looks.look()) == {"10.0.0.1:80/TCP": {"10.1.0.1:80": 7, "10.1.0.2:80": 2}}
+    assert looks.look().services[0].hits == 9
+
+
+def test_with_a_probe_it_counts_and_what_it_missed_is_told() -> None:
+    fake, probe = kernel(LINE), FakeProbe()
+    looks = Looks(fake, dict)
+    looks.use(probe, fake.servers)
+    fake.counts["TCP 10.0.0.1:80", "10.1.0.1:80"] = 99
+    probe.hits[6, POOL["10.0.0.1"], 80, POOL["10.1.0.1"], 80] = 4
+    probe.hits[6, POOL["10.0.0.1"], 80, POOL["10.1.0.3"], 80] = 3
+    probe.lost["full"] = 2
+    look = looks.look()
+    assert hits(look) == {"10.0.0.1:80/TCP": {"10.1.0.1:80": 4, "10.1.0.2:80": 0}}
+    assert (look.services[0].hits, look.services[0].real_servers[0].connections) == (7, 99)
+    assert str(look.counts) == "probe (fexit:fake), missed 2 (full 2)"
+    looks.give_up_probe("gone")
+    assert probe.closed
+    assert looks.look().counts == Counts("fake", reason="gone")
+
+
+def test_a_hit_stands_at_one_virtual_server_only() -> None:
+    fake = kernel(
+        "TCP 10.0.0.1:80 rr LoadBalancer node label=a/b -> 10.1.0.1:80",
+        "TCP 10.0.0.1:80 (inside) rr LoadBalancer node label=a/b -> 10.1.0.1:80, 10.1.0.2:80",
+    )
+    read = {(6, POOL["10.0.0.1"], 80, POOL[f"10.1.0.{n}"], 80): n for n in (1, 2, 3)}
+    found = {(at.inside, address): count for (at, address, _), count in attributed(fake.report(), read).items()}
+    assert found == {(False, POOL["10.1.0.1"]): 1, (True, POOL["10.1.0.2"]): 2, (False, POOL["10.1.0.3"]): 3}
+
+
+def test_looking_takes_a_twentieth_of_the_time_at_most() -> None:
+    now = 100.0
+    fake = kernel(LINE)
+    looks = Looks(fake, dict, lambda: now)
+    plain = fake.report
+
+    def slow() -> Iterator[ServerReport]:
+        nonlocal now
+        now += 0.5
+        return plain()
+
+    fake.report = slow  # type: ignore[method-assign]
+    for second in range(100):
+        now = max(now, 100.0 + second)
+        looks.look()
+    assert fake.reads == 10
+
+
+def test_the_probe_knows_an_address_before_the_kernel_has_it_and_until_it_is_gone() -> None:
+    fake, probe = Kernel(), FakeProbe()
+    reconciler = Reconciler(fake, Rules())
+    looks = reconciler.audience = Looks(fake, dict)
+    looks.use(probe, ())
+    order: list[tuple[bool, bool]] = []
+    plain = fake.commit
+
+    def commit(transaction: object) -> object:
+        outcome = plain(transaction)  # type: ignore[arg-type]
+        order.append((WEB.at in probe.expected, WEB.at in fake.servers))
+        return outcome
+
+    fake.commit = commit  # type: ignore[method-assign, assignment]
+    reconciler.desired.servers[WEB.at] = WEB
+    reconciler.sync("test")
+    assert (order, probe.expected) == ([(True, True)], {WEB.at})
+    del reconciler.desired.servers[WEB.at]
+    reconciler.sync("test")
+    assert (order[1:], probe.expected) == ([(True, False)], set())
+
+
+def test_an_address_that_was_refused_is_no_longer_expected() -> None:
+    fake, probe = Kernel(), FakeProbe()
+    fake.refused[WEB.at] = 22
+    reconciler = Reconciler(fake, Rules())
+    looks = reconciler.audience = Looks(fake, dict)
+    looks.use(probe, ())
+    reconciler.desired.servers[WEB.at] = WEB
+    assert reconciler.sync("test").failed
+    assert probe.expected == set()
+
+
+@pytest.mark.parametrize(("later", "rates"), [(3.0, [(4.0, 3.0), (1.0, 1.0)]), (1.0, [(None, None)] * 2)])
+def test_rates_are_between_two_looks(later: float, rates: list[tuple[float | None, float | None]]) -> None:
+    fake = kernel(LINE, "TCP 10.0.0.9:80 rr label=b/new -> 10.1.0.9:80")
+    fake.counts["TCP 10.0.0.1:80", "10.1.0.1:80"] = 10
+    looks = Looks(fake, dict)
+    first = looks.look()
+    fake.counts |= {("TCP 10.0.0.1:80", "10.1.0.1:80"): 16, ("TCP 10.0.0.1:80", "10.1.0.2:80"): 2}
+    fake.counts["TCP 10.0.0.9:80", "10.1.0.9:80"] = 2
+    looks._fresh_until = 0
+    second = with_rates(replace(looks.look(), at=later), replace(first, at=1.0))
+    assert [(row.rate, row.real_servers[0].rate) for row in second.services] == rates
+
+
+def test_a_look_travels_as_json() -> None:
+    fake = kernel(LINE)
+    look = Looks(fake, dict).look()
+    assert Look.from_json(look.to_json()) == look
