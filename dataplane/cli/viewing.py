@@ -1,5 +1,6 @@
 """What `show`, `counters` and `top` share: a look through the agent or into the kernel, once or again and again."""
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable
@@ -7,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import AgentUnreachable
-from .options import colours, open_kernel, settle, together
+from ..errors import AgentUnreachable, DataplaneError
+from .options import colours, has_net_admin, open_kernel, settle, together
 
 if TYPE_CHECKING:
     from ..backend import Backend
@@ -34,7 +35,7 @@ class Viewer:
     """Takes looks; each has rates since the one before.
 
     The agent of this network namespace is asked, if it is of the mode that `--mode` or `--config` names, or none is
-    named; else the kernel is read by this process.
+    named; else the kernel is read by this process, in that mode or the one that is here.
     """
 
     def __init__(self, config_file: str | None, given: dict[str, Any]) -> None:
@@ -71,8 +72,28 @@ class Viewer:
     def backend(self) -> "Backend":
         """The mode itself, for its own languages."""
         if self._backend is None:
-            self._backend = open_kernel(self._settings)
+            self._backend = (None if self._mode else self._open_what_is_here()) or open_kernel(self._settings)
         return self._backend
+
+    def _open_what_is_here(self) -> "Backend | None":
+        """The one mode that is here, when nobody said which is meant."""
+        from ..backend import MODES, open_leftover
+
+        if not has_net_admin():
+            return None
+        here = []
+        for mode in MODES:
+            with contextlib.suppress(DataplaneError):
+                backend = open_leftover(mode, self._settings.options())
+                if backend.present():
+                    here.append(backend)
+                else:
+                    backend.close()
+        if len(here) == 1:
+            return here[0]
+        for backend in here:
+            backend.close()
+        return None
 
     def _ask_agent(self) -> "Look | None":
         from ..control_socket import ControlClient
