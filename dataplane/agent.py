@@ -32,6 +32,7 @@ from .health_responder import HealthResponder
 from .looks import Looks
 from .model import Problem, Update, VirtualAddress
 from .printable import printable
+from .prober import Prober, ProbeStarter
 from .reconciler import Reconciler, SyncReport
 
 SOCKET = "\0dataplane-agent"
@@ -128,6 +129,7 @@ class Agent:
         log: Log,
         node: Node | None = None,
         switch: Switch = NoSwitch(),  # noqa: B008 (has no state)
+        start_probe: ProbeStarter | None = None,
     ) -> None:
         self._reconciler = reconciler
         self._node = node
@@ -149,6 +151,7 @@ class Agent:
         self._last_error = ""
         self._health = HealthResponder(log, self._is_healthy)
         self._looks = reconciler.audience = Looks(reconciler.backend, self._clocks)
+        self._prober = Prober(self._looks, lambda: reconciler.held.servers, log, start_probe)
         self._control = ControlServer({"status": self._tell_status, "look": self._tell_look})
         self._flows_retry_at: float | None = None
         self._flows_error = ""
@@ -180,6 +183,7 @@ class Agent:
                     watched[self._node.fileno()] = self._node_spoke
                 for descriptor, heed in watched.items():
                     loop.add_reader(descriptor, heed)
+                self._prober.begin()
                 await self._work(reader)
                 for descriptor in watched:
                     loop.remove_reader(descriptor)
@@ -189,6 +193,7 @@ class Agent:
                     await reader
                 await self._control.close()
                 holder.close()
+                self._prober.end()
                 self._looks.close()
                 await self._health.close()
         self._log.info("stopped", mode=self._reconciler.backend.mode, kernel="left as it is")
@@ -235,6 +240,7 @@ class Agent:
                     took = time.monotonic() - took
                     if before := self._switch.look():
                         self._reconciler.backend.prepare(before)
+                    self._prober.check()
                     # a look must never cost more than about 1 % of a processor, whatever the table's size
                     next_verify = time.monotonic() + max(self._options.resync_seconds, 100 * took)
                 drained = self._reconciler.draining_pass()
@@ -404,6 +410,7 @@ class Agent:
             "problems": [str(problem) for problem in sorted(self._told)],
             "noLocalEndpoints": {"internal": internal, "external": external},
             "healthChecks": self._health.status(),
+            "hits": str(self._looks.counts),
             "conntrack": {"deleted": self._flows_deleted, "lastError": self._flows_error},
         }
 

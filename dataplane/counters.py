@@ -1,12 +1,12 @@
-"""Hits per real server as totals that never fall, whatever happens to the counters they come from.
+"""Hits per real server: who may count them, and totals that never fall whatever happens to the counters under them.
 
 Pure. A counter of the kernel begins again when its object is made anew (a real server that left and came back, a
 rewritten chain, a reloaded module); a total here goes on from where it was. Of real servers that are gone their virtual
 server keeps the sum.
 """
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Collection, Iterable, Mapping
+from typing import NamedTuple, Protocol
 
 from .model import Address, VirtualAddress
 
@@ -60,3 +60,39 @@ class Tally:
         for target, value in self._before.items():
             sums[target.at] = sums.get(target.at, 0) + value
         return sums
+
+
+Way = tuple[int, Address, int, Address, int]
+"""Protocol, VIP, port, real server, its port."""
+
+
+class Probe(Protocol):
+    """What counts inside the kernel, for all modes (`bpf.dnat_hits.DnatHits`)."""
+
+    @property
+    def hooks(self) -> tuple[str, ...]:
+        """Where it is attached: `fexit:nf_nat_setup_info`."""
+
+    def expect(self, addresses: Iterable[VirtualAddress]) -> None:
+        """Count connections to these from now on."""
+
+    def forget(self, addresses: Iterable[VirtualAddress]) -> None:
+        """No longer."""
+
+    def read(self) -> Mapping[Way, int]:
+        """Hits by the way they took."""
+
+    def missed(self) -> dict[str, int]:
+        """Hits that could not be counted, by reason."""
+
+    def counts(self, mode: str) -> bool:
+        """Whether what this mode translates is counted."""
+
+    def retire(self, keep: Collection[Way]) -> None:
+        """Give the room of all others back."""
+
+    def check(self) -> bool:
+        """Attach again where a module has been loaded anew. False: it takes another probe to do that."""
+
+    def close(self) -> None:
+        """Detach."""

@@ -6,42 +6,15 @@ is kept as long as looking would otherwise take more than a twentieth of the tim
 
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Protocol
 
 from .backend import Backend, ServerReport
-from .counters import Tally, Target
+from .counters import Probe, Tally, Target, Way
 from .drain import DrainKey
-from .model import Address, VirtualAddress
+from .model import VirtualAddress, VirtualServer
 from .rows import Counts, Look, service_rows
 
 PAUSE = 20
 """How many times as long as it took a look is kept."""
-
-
-class Probe(Protocol):
-    """What counts inside the kernel, for all modes (`bpf.dnat_hits.DnatHits`)."""
-
-    @property
-    def hooks(self) -> tuple[str, ...]:
-        """Where it is attached: `fexit:nf_nat_setup_info`."""
-
-    def expect(self, addresses: Iterable[VirtualAddress]) -> None:
-        """Count connections to these from now on."""
-
-    def forget(self, addresses: Iterable[VirtualAddress]) -> None:
-        """No longer."""
-
-    def read(self) -> Mapping[tuple[int, Address, int, Address, int], int]:
-        """Hits by protocol, VIP, port, real server, its port."""
-
-    def missed(self) -> dict[str, int]:
-        """Hits that could not be counted, by reason."""
-
-    def check(self) -> None:
-        """Attach again where a module has been loaded anew."""
-
-    def close(self) -> None:
-        """Detach."""
 
 
 class Looks:
@@ -66,6 +39,10 @@ class Looks:
 
     def use(self, probe: Probe, addresses: Collection[VirtualAddress]) -> None:
         """From now on the probe counts, for the virtual servers at these addresses."""
+        if not probe.counts(self._backend.mode):
+            probe.close()
+            self.give_up_probe(f"attached to {', '.join(probe.hooks)} only")
+            return
         probe.expect(addresses)
         self._probe, self._since, self._tally, self._last = probe, time.time(), Tally(), None
         self.no_probe = ""
@@ -78,25 +55,50 @@ class Looks:
         self.no_probe = reason
 
     def expect(self, addresses: Collection[VirtualAddress]) -> None:
-        """These are about to be programmed."""
+        """These are about to be programmed. Whatever the probe says, that goes on."""
         if self._probe is not None:
-            self._probe.expect(addresses)
+            try:
+                self._probe.expect(addresses)
+            except OSError as error:
+                self.give_up_probe(str(error))
 
     def forget(self, addresses: Collection[VirtualAddress]) -> None:
         """These are gone."""
         if self._probe is not None:
-            self._probe.forget(addresses)
+            try:
+                self._probe.forget(addresses)
+            except OSError as error:
+                self.give_up_probe(str(error))
 
-    def check(self) -> None:
-        """On every slow look around: is the probe still where it was?"""
-        if self._probe is not None:
-            self._probe.check()
+    def check(self, servers: Iterable[VirtualServer]) -> bool:
+        """Every now and then: is the probe where it was? False: it has to be started anew.
+
+        The room of real servers that are in none of these virtual servers is given back; their hits stay in the totals.
+        """
+        probe = self._probe
+        if probe is None:
+            return True
+        probe.retire(
+            {
+                (server.at.protocol, server.at.address, server.at.port, real.address, real.port)
+                for server in servers
+                for real in server.real_servers
+            }
+        )
+        return probe.check()
 
     def close(self) -> None:
         """Detach the probe."""
         if self._probe is not None:
             self._probe.close()
             self._probe = None
+
+    @property
+    def counts(self) -> Counts:
+        """Who counts now, and what he has missed so far."""
+        if self._probe is None:
+            return Counts(self._backend.mode, reason=self.no_probe)
+        return Counts("probe", tuple(self._probe.hooks), self._probe.missed(), self._since)
 
     def look(self) -> Look:
         """What the kernel holds, now or a moment ago."""
@@ -110,18 +112,13 @@ class Looks:
     def _read(self) -> Look:
         reports = list(self._backend.report())
         probe, tally = self._probe, self._tally
-        if probe is None:
-            counts = Counts(self._backend.mode, reason=self.no_probe)
-            tally.take(_own(reports))
-        else:
-            counts = Counts("probe", tuple(probe.hooks), probe.missed(), self._since)
-            tally.take(attributed(reports, probe.read()))
+        tally.take(_own(reports) if probe is None else attributed(reports, probe.read()))
 
         def hits(target: Target, own: int | None) -> int | None:
             return None if probe is None and own is None else tally.total(target)
 
         rows = service_rows(reports, self._clocks(), hits, tally.totals())
-        return Look(self._backend.mode, time.time(), counts, rows)
+        return Look(self._backend.mode, time.time(), self.counts, rows)
 
 
 def _own(reports: Iterable[ServerReport]) -> dict[Target, int]:
@@ -133,9 +130,7 @@ def _own(reports: Iterable[ServerReport]) -> dict[Target, int]:
     }
 
 
-def attributed(
-    reports: Iterable[ServerReport], read: Mapping[tuple[int, Address, int, Address, int], int]
-) -> dict[Target, int]:
+def attributed(reports: Iterable[ServerReport], read: Mapping[Way, int]) -> dict[Target, int]:
     """A probe's hits, each at one virtual server.
 
     Where an address serves clients inside the cluster differently, the probe cannot tell the two virtual servers apart:

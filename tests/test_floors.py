@@ -16,6 +16,7 @@ TABLE = """
 8   demo doctor
 7   agent mode_switch netlink_ipvs counters_text
 6   ipvs_guard nft_tables iptables_restore manifest_files reconciler health_responder testing looks show_text
+6   prober
 5   ipvs_ledger nft_chains nft_skeleton iptables_books run_iptables configuration netlink_conntrack rows
 4   backend netlink_node netlink_delivery nft_layout ipvsadm_text ipvs_proc_text netlink_nftables manifest_content
 4   iptables_reading iptables_script

@@ -1,14 +1,15 @@
 """Looks: whose numbers they are, which virtual server a hit stands at, how often the kernel is read, and rates."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import pytest
 from msgspec.structs import replace
 
 from dataplane.backend import RealCounters, ServerReport
+from dataplane.counters import Way
 from dataplane.desired import Rules
 from dataplane.looks import Looks, attributed
-from dataplane.model import Address, VirtualAddress, parse_address
+from dataplane.model import VirtualAddress, parse_address
 from dataplane.plan import diff
 from dataplane.reconciler import Reconciler
 from dataplane.rows import Counts, Look, with_rates
@@ -41,10 +42,13 @@ class FakeProbe:
     hooks = ("fexit:fake",)
 
     def __init__(self) -> None:
-        self.hits: dict[tuple[int, Address, int, Address, int], int] = {}
+        self.hits: dict[Way, int] = {}
         self.lost: dict[str, int] = {"full": 0}
         self.expected: set[VirtualAddress] = set()
         self.closed = False
+        self.modes = {"fake"}
+        self.kept: set[Way] = set()
+        self.sound = True
 
     def expect(self, addresses: Iterable[VirtualAddress]) -> None:
         self.expected.update(addresses)
@@ -52,13 +56,20 @@ class FakeProbe:
     def forget(self, addresses: Iterable[VirtualAddress]) -> None:
         self.expected.difference_update(addresses)
 
-    def read(self) -> Mapping[tuple[int, Address, int, Address, int], int]:
+    def read(self) -> Mapping[Way, int]:
         return self.hits
 
     def missed(self) -> dict[str, int]:
         return self.lost
 
-    def check(self) -> None: ...
+    def counts(self, mode: str) -> bool:
+        return mode in self.modes
+
+    def retire(self, keep: Collection[Way]) -> None:
+        self.kept = set(keep)
+
+    def check(self) -> bool:
+        return self.sound
 
     def close(self) -> None:
         self.closed = True
@@ -192,3 +203,40 @@ def test_a_look_travels_as_json() -> None:
     fake = kernel(LINE)
     look = Looks(fake, dict).look()
     assert Look.from_json(look.to_json()) == look
+
+
+def test_a_probe_that_does_not_count_this_mode_is_not_used() -> None:
+    fake, probe = kernel(LINE), FakeProbe()
+    probe.modes = {"other"}
+    looks = Looks(fake, dict)
+    looks.use(probe, fake.servers)
+    assert (probe.closed, str(looks.counts)) == (True, "fake mode's own counters (attached to fexit:fake only)")
+
+
+def test_room_is_given_back_of_what_no_virtual_server_has_and_totals_stay() -> None:
+    fake, probe = kernel(LINE), FakeProbe()
+    looks = Looks(fake, dict)
+    looks.use(probe, fake.servers)
+    gone: Way = (6, POOL["10.0.0.1"], 80, POOL["10.1.0.3"], 80)
+    probe.hits[gone] = 3
+    assert looks.look().services[0].hits == 3
+    assert looks.check(fake.servers.values())
+    assert probe.kept == {(6, POOL["10.0.0.1"], 80, POOL[f"10.1.0.{n}"], 80) for n in (1, 2)}
+    del probe.hits[gone]
+    looks._fresh_until = 0
+    assert looks.look().services[0].hits == 3
+
+
+def test_a_kernel_that_refuses_to_watch_an_address_does_not_stop_its_programming() -> None:
+    fake, probe = Kernel(), FakeProbe()
+
+    def refuse(addresses: Iterable[VirtualAddress]) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    reconciler = Reconciler(fake, Rules())
+    looks = reconciler.audience = Looks(fake, dict)
+    looks.use(probe, ())
+    probe.expect = refuse  # type: ignore[method-assign]
+    reconciler.desired.servers[WEB.at] = WEB
+    assert reconciler.sync("test").result == "committed"
+    assert str(looks.counts) == "fake mode's own counters ([Errno 12] Cannot allocate memory)"

@@ -68,7 +68,7 @@ def start_agent(play: Play) -> None:
     page.step("The agent writes it into the kernel")
     page.prose(
         "The agent reads the manifest, watches it from now on, and programs IPVS, the load balancer inside Linux. "
-        "It carries no traffic itplay. First it makes the address the node's own, on a dummy device that stays "
+        "It carries no traffic itself. First it makes the address the node's own, on a dummy device that stays "
         "DOWN: enough for the kernel to take the packets in."
     )
     play.launch("ipvs")
