@@ -81,6 +81,9 @@ def test_the_whole_demo_shows_the_tutorials_table_and_leaves_nothing_behind() ->
     assert f"-A KUBE-SERVICES -d 10.0.1.175/32 -p tcp -m comment {portal}" in text
     assert text.count("ok  the download was complete") == 3
     assert text.count("ok  it is back") == 2
+    assert text.count("ok  every connection was counted, each at its pod") == 3
+    assert text.count("counted by probe (fexit:") == 6
+    assert "ok  all of them, in all three modes" in text
     assert "ok  they counted what the client was told" in text
     assert done.stderr == ""
     (excerpt,) = re.findall(r"^```text\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
@@ -160,7 +163,7 @@ def test_iptables_mode_takes_over_from_nftables_mode(monkeypatch: pytest.MonkeyP
             play.stop()
             play.command("node", "dataplane cleanup --all")
             assert "KUBE" not in play.look("iptables-save")
-    assert told.getvalue().count("\nok  ") == 10
+    assert told.getvalue().count("\nok  ") == 11
 
 
 @pytest.mark.root

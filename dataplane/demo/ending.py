@@ -5,12 +5,14 @@ import signal
 import time
 from pathlib import Path
 
+from . import live_hits
 from .page import shares
 from .play import Play
 
 
 def stop_and_clean(play: Play) -> None:
     page = play.page
+    live_hits.sum_up(play)
     page.step("The agent stops, traffic goes on, and cleaning up")
     page.prose(
         "The kernel does the work, so it goes on without the agent: an update or a crash of the agent cuts nobody."

@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from typing import NamedTuple
 
+from . import live_hits
 from .page import difference, number, quoted, shares
 from .play import REACTION_SECONDS, Play
 from .stage import CLIENT, NODE, ended
@@ -105,6 +106,7 @@ def spread_requests(play: Play) -> None:
         Counter(answers) == dict.fromkeys(play.names, 3),
         shares(answers),
     )
+    live_hits.show(play, "ipvs")
 
 
 def other_ways(play: Play) -> None:

@@ -5,6 +5,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from . import live_hits
 from .ipvs_act import fresh_lines, real_lines
 from .page import quoted
 from .play import REACTION_SECONDS, Play
@@ -48,6 +49,7 @@ def nftables(play: Play) -> None:
     listed = play.command("node", ENDPOINTS)
     counted = {f"{address}:{port}": int(packets) for packets, address, port in _ELEMENT.findall(listed)}
     page.claim("they counted what the client was told", counted == _by_server(play, tally), str(counted))
+    live_hits.show(play, "nftables")
     _leaves_and_returns(play, ENDPOINTS, lambda server: server.replace(":", " . "))
     page.prose(
         "IPVS remembers the download's closed connection for a while; at the latest after --drain-seconds "
@@ -58,6 +60,7 @@ def nftables(play: Play) -> None:
     page.ok("ipvs mode is gone")
 
 
+_RULE = re.compile(r"^\[(\d+):\d+\] -A KUBE-SEP-.* --to-destination (\S+)$", re.MULTILINE)
 _ELEMENT = re.compile(r"counter packets (\d+) bytes \d+ : (\S+) \. (\d+)")
 
 
@@ -84,9 +87,10 @@ def iptables(play: Play) -> None:
     )
     tally = play.tally(REQUESTS)
     page.claim("every pod answers", tally.keys() == play.names.keys(), str(tally))
-    shown = play.command("node", "dataplane show --mode iptables")
-    counted = {server: int(count) for server, count in re.findall(r"([\d.]+:\d+) .* (\d+)$", shown, re.MULTILINE)}
+    shown = play.command("node", "iptables-save -c -t nat | grep DNAT")
+    counted = {server: int(count) for count, server in _RULE.findall(shown)}
     page.claim("and the rules counted the same", counted == _by_server(play, tally), str(counted))
+    live_hits.show(play, "iptables")
     _leaves_and_returns(play, "iptables-save -t nat", str)
 
 

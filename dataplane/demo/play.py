@@ -22,6 +22,11 @@ REACTION_SECONDS = 15
 """How long it may take to follow a changed manifest; it takes milliseconds, but a machine may be busy."""
 
 
+def dataplane(arguments: str) -> list[str]:
+    """This very program with some arguments."""
+    return [sys.executable, "-m", "dataplane", *arguments.split(" ")]
+
+
 class Play:
     """What the steps act with."""
 
@@ -36,6 +41,8 @@ class Play:
         self.names = {pod.hostname: f"{pod.address}:{pod.port}" for pod in tutorial.pods}
         self.agent: subprocess.Popen[str] | None = None
         self.drain_seconds = 0
+        self.hits: dict[str, tuple[str, dict[str, int]]] = {}
+        """By mode: who counted, and what at each server."""
         self.started = time.monotonic()
 
     def introduce(self) -> None:
@@ -107,7 +114,7 @@ class Play:
         """Show a command line, run it there, show and return what it printed; both outcomes are claims."""
         page = self.page
         page.command(where, line)
-        shell = line.replace("dataplane ", f"{sys.executable} -m dataplane ") if line.startswith("dataplane ") else line
+        shell = " ".join(dataplane(line[10:])) if line.startswith("dataplane ") else line
         begun = time.monotonic()
         code, output = self.stage.run(where, ["sh", "-c", shell])
         page.pace = max(page.pace, time.monotonic() - begun)
