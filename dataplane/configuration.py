@@ -121,6 +121,9 @@ class Configuration(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     allow_mass_delete: Annotated[
         bool, Meta(description="Do not hold back an update that removes most virtual servers at once.")
     ] = False
+    probe: Annotated[
+        Literal["auto", "off"], Meta(description="auto: count hits by a BPF probe where the kernel allows it.")
+    ] = "auto"
     log_format: Annotated[
         Literal["auto", "human", "json"], Meta(description="auto: human on a terminal, else JSON lines.")
     ] = "auto"

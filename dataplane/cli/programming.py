@@ -49,6 +49,11 @@ if TYPE_CHECKING:
     type=click.Choice(("auto", "human", "json")),
     help="auto: human on a terminal, else JSON; default auto.",
 )
+@click.option(
+    "--probe",
+    type=click.Choice(("auto", "off")),
+    help="Count hits by a BPF probe inside the kernel where it allows that; default auto.",
+)
 @click.pass_context
 def run(ctx: click.Context, /, config_file: str | None, **given: Any) -> None:
     """\b
