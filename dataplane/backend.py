@@ -95,6 +95,9 @@ class Backend(Protocol):
     shares_affinity: bool
     """A client's endpoint is remembered for a Service's port, and not for each of its addresses on its own."""
 
+    remembers_counts: bool
+    """What a real server that is gone had counted is counted on when it comes back, as long as the process lives."""
+
     def express(self, server: VirtualServer) -> VirtualServer:
         """The server as this mode can hold it; what it has no way to say takes its default, so that states compare."""
 

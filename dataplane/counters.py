@@ -23,10 +23,14 @@ class Target(NamedTuple):
 
 
 class Tally:
-    """Totals of one source of numbers. They begin with what the source says at first."""
+    """Totals of one source of numbers. They begin with what the source says at first.
 
-    def __init__(self, room: int = ROOM) -> None:
+    `remembers`: the source goes on where it was with a real server that was gone; a kernel object begins again.
+    """
+
+    def __init__(self, room: int = ROOM, *, remembers: bool = False) -> None:
         self._room = room
+        self._remembers = remembers
         self._last: dict[Target, int] = {}
         self._before: dict[Target, int] = {}
         """What was counted before a counter began again."""
@@ -35,6 +39,11 @@ class Tally:
     def take(self, seen: Mapping[Target, int]) -> None:
         """The source's numbers of this moment; what it does not name is gone for now."""
         last, before = self._last, self._before
+        if not self._remembers:
+            for target in last.keys() - seen.keys():
+                if last[target]:
+                    before[target] = before.get(target, 0) + last[target]
+                    last[target] = 0
         for target, value in seen.items():
             known = last.pop(target, 0)  # popped, so that the order of the dictionary is that of the last sight
             if value < known:

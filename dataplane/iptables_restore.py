@@ -90,6 +90,7 @@ class IptablesBackend:
     mode = "iptables"
     drains = False
     shares_affinity = True
+    remembers_counts = False
 
     def __init__(self, options: Options, clock: Callable[[], float] = time.monotonic, *, alone: bool = False) -> None:
         self._alone = alone

@@ -29,7 +29,7 @@ class Looks:
         self._backend = backend
         self._clocks = clocks
         self._clock = clock
-        self._tally = Tally()
+        self._tally = Tally(remembers=backend.remembers_counts)
         self._probe: Probe | None = None
         self._since = 0.0
         self.no_probe = ""
@@ -44,14 +44,15 @@ class Looks:
             self.give_up_probe(f"attached to {', '.join(probe.hooks)} only")
             return
         probe.expect(addresses)
-        self._probe, self._since, self._tally, self._last = probe, time.time(), Tally(), None
+        self._probe, self._since, self._tally, self._last = probe, time.time(), Tally(remembers=True), None
         self.no_probe = ""
 
     def give_up_probe(self, reason: str) -> None:
         """It cannot count any more, or could not from the start: the mode's own counters do."""
         if self._probe is not None:
             self._probe.close()
-            self._probe, self._tally, self._last = None, Tally(), None
+            self._probe, self._last = None, None
+            self._tally = Tally(remembers=self._backend.remembers_counts)
         self.no_probe = reason
 
     def expect(self, addresses: Collection[VirtualAddress]) -> None:

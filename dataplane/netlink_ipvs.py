@@ -204,6 +204,7 @@ class IpvsBackend:
     mode = "ipvs"
     drains = True
     shares_affinity = False
+    remembers_counts = False
 
     def __init__(self, options: Options) -> None:
         self._options = options

@@ -97,6 +97,7 @@ class NftablesBackend:
     mode = "nftables"
     drains = False
     shares_affinity = True
+    remembers_counts = True
 
     def __init__(self, options: Options) -> None:
         clients = Clients(

@@ -35,6 +35,7 @@ class FakeBackend:
 
     mode = "fake"
     shares_affinity = True
+    remembers_counts = False
 
     def __init__(self, *, drains: bool = False) -> None:
         self.drains = drains

@@ -23,6 +23,7 @@ from .traffic import Caller, Held, eventually
 _ABORT = struct.pack("ii", 1, 0)  # closing resets: no port is kept waiting at either end
 _PORTS = range(2_000, 65_000)
 _TOLD = 100  # failures of one client that are told: a pipe has to hold them
+_PODS = 8  # servers whose answers are counted apart: pod0, pod1, …
 _PAUSE = 0.001  # between two of one client: the agent has to have a turn on a small machine
 
 
@@ -46,7 +47,7 @@ def _answer(vip: str, port: int, source: tuple[str, int]) -> str:
             return error.strerror or repr(error)
 
 
-def _call(client: NetNs, vip: str, port: int, number: int, shared: Any, failures: Any) -> None:
+def _call(client: NetNs, vip: str, port: int, number: int, pause: float, shared: Any, failures: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     told = 0
     with client.enter():
@@ -56,9 +57,12 @@ def _call(client: NetNs, vip: str, port: int, number: int, shared: Any, failures
             phase = shared.phase.value
             answer = _answer(vip, port, source)
             shared.counts[number] += 1
-            if not answer.startswith("pod") and (told := told + 1) < _TOLD:
+            if answer.startswith("pod"):
+                shared.answers[number * _PODS + int(answer[3:])] += 1
+            elif (told := told + 1) < _TOLD:
                 failures.put((phase, answer))
-            time.sleep(_PAUSE)
+            if pause:
+                time.sleep(pause)
 
 
 @dataclass
@@ -68,6 +72,7 @@ class _Shared:
     stop: Any
     phase: Any
     counts: Any
+    answers: Any
 
 
 @dataclass
@@ -91,6 +96,11 @@ class Storm:
     def connections(self) -> int:
         """New connections so far."""
         return sum(self._shared.counts)
+
+    def answered(self, client: int) -> dict[str, int]:
+        """New connections of one client by the server that answered them."""
+        found = self._shared.answers[client * _PODS : (client + 1) * _PODS]
+        return {f"pod{number}": count for number, count in enumerate(found) if count}
 
     def failures(self) -> Counter[str]:
         """How new connections failed, with the phase in which they began."""
@@ -116,19 +126,21 @@ class Storm:
 
 
 @contextlib.contextmanager
-def storm(client: NetNs, vips: Sequence[str], port: int, *, long_lived: int) -> Iterator[Storm]:
-    """One client process for each VIP, and `long_lived` open connections over all of them."""
+def storm(client: NetNs, vips: Sequence[str], port: int, *, long_lived: int, pause: float = _PAUSE) -> Iterator[Storm]:
+    """One client process for each VIP, and `long_lived` open connections over all of them. `pause`: seconds between two
+    new connections of a client."""
     caller = Caller(client)
     for number, vip in enumerate(vips):
         width = "128 nodad" if ":" in vip else "32"
         client.ip(*(f"address add {each}/{width} dev eth0" for each in _sources(vip, number)))
     context = multiprocessing.get_context("fork")
-    shared = _Shared(context.Value("b", 0), context.Value("i", 0), context.Array("L", len(vips), lock=False))
+    counts, answers = (context.Array("L", len(vips) * each, lock=False) for each in (1, _PODS))
+    shared = _Shared(context.Value("b", 0), context.Value("i", 0), counts, answers)
     running = Storm(
         [caller.hold(vips[number % len(vips)], port) for number in range(long_lived)], shared, context.SimpleQueue()
     )
     processes = [
-        context.Process(target=_call, args=(client, vip, port, number, shared, running._failures), daemon=True)
+        context.Process(target=_call, args=(client, vip, port, number, pause, shared, running._failures), daemon=True)
         for number, vip in enumerate(vips)
     ]
     beaten = threading.Event()

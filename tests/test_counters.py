@@ -14,8 +14,8 @@ def target(number: int, at: VirtualAddress = AT) -> Target:
     return Target(at, parse_address(f"10.1.0.{number}"), 80)
 
 
-def after(*readings: dict[Target, int], room: int = 100) -> Tally:
-    tally = Tally(room)
+def after(*readings: dict[Target, int], room: int = 100, remembers: bool = False) -> Tally:
+    tally = Tally(room, remembers=remembers)
     for reading in readings:
         tally.take(reading)
     return tally
@@ -38,6 +38,12 @@ def test_a_virtual_server_keeps_the_hits_of_real_servers_that_are_gone() -> None
     assert (tally.total(target(1)), tally.totals()[AT]) == (6, 8)
 
 
+def test_who_comes_back_begins_again_unless_the_source_remembers() -> None:
+    story: tuple[dict[Target, int], ...] = ({target(1): 5}, {}, {target(1): 7})
+    assert after(*story).total(target(1)) == 12
+    assert after(*story, remembers=True).total(target(1)) == 7
+
+
 def test_real_servers_that_are_gone_are_summed_up_when_there_are_too_many() -> None:
     tally = after({target(n): n for n in range(1, 11)}, {target(10): 10}, {target(10): 11}, room=3)
     assert tally.totals() == {AT: sum(range(1, 10)) + 11}
@@ -54,9 +60,9 @@ def test_sums_never_fall_and_hold_every_hit(readings: list[dict[Target, int]], r
     for reading in readings:
         tally.take(reading)
         for each, value in reading.items():
-            known = seen.get(each, 0)
+            known = seen.get(each, 0)  # of the last reading: who comes back begins again
             truth += value - known if value >= known else value
-            seen[each] = value
+        seen = reading
         total = tally.totals().get(AT, 0)
         assert total >= before
         before = total
