@@ -9,7 +9,8 @@ DataplaneError
 ├── KernelError       the kernel refused a request: operation, object, errno         exit 1
 │   └── Unanswered    no answer within the deadline, or answers were lost: look again
 ├── WireError         bytes from the kernel do not follow their declaration          exit 1
-└── ToolError         a program we called (modprobe, nft) failed                     exit 1
+├── ToolError         a program we called (modprobe, nft) failed                     exit 1
+└── ProbeUnavailable  no BPF program can count hits here: carries the reason        exit 1
 """
 
 import errno as _errno
@@ -68,6 +69,14 @@ class ToolError(DataplaneError):
 
 class WireError(DataplaneError):
     """A message does not follow its declaration: names the set, the attribute and the offset."""
+
+
+class ProbeUnavailable(DataplaneError):
+    """This kernel, or what we may do, allows no probe; the mode's own counters are all there is."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
 
 
 class KernelError(DataplaneError):
