@@ -23,15 +23,18 @@ from .backend import NO_SETTINGS, Options, Outcome, RealCounters, ServerReport, 
 from .drain import DrainKey
 from .errors import KernelError, PreflightError, ToolError
 from .iptables_books import Books
-from .iptables_chains import express
+from .iptables_chains import arrange, express
+from .iptables_path import objects
 from .iptables_save import Table, same_rule, same_rules
 from .iptables_script import Script, Wanted
 from .iptables_text import JUMPS, MARKER, Form, chain_name, fixed, form_of, marker
-from .model import Address, Family, VirtualAddress, VirtualServer, family_of
+from .model import Address, Family, Kind, VirtualAddress, VirtualServer, family_of
 from .plan import Plan, State
+from .procfs_recent import recall
 from .procfs_sysctl import Change, apply, check, restore, running_kernel
 from .procfs_sysctl import Wanted as WantedSysctl
 from .run_iptables import Tools, has_legacy_tables
+from .walk import Detection, Remembered, Situation, Stage, Walk
 
 CULPRITS = 32
 """Refused objects that one commit looks for; what is left then fails with them and is tried again."""
@@ -90,6 +93,7 @@ class IptablesBackend:
     mode = "iptables"
     drains = False
     shares_affinity = True
+    picks = SCHEDULER
 
     def __init__(self, options: Options, clock: Callable[[], float] = time.monotonic, *, alone: bool = False) -> None:
         self._alone = alone
@@ -259,6 +263,38 @@ class IptablesBackend:
                 known = sum(counters.connections for _, counters in rows if counters.connections >= 0)
                 shown = server if at in books.damage else msgspec.structs.replace(server, scheduler=SCHEDULER)
                 yield ServerReport(shown, 0, known, rows, True)
+
+    def situation(self) -> Situation:
+        """As the rules say, read in the form in which their marker says they were written."""
+        for family, tools in self._tools.items():
+            tables = tools.save()
+            # `explain` is not told how the rules were written; they say it
+            form = form_of(tables.get("nat", Table()).chains.get(MARKER, ()))
+            self._books[family] = self._read(family, tables, form=form)
+        held = {at: server for books in self._books.values() for at, server in books.held.items()}
+        forms = [books.form for books in self._books.values() if books.held] or [self._form]
+        return Situation(
+            {at: msgspec.structs.replace(server, scheduler=SCHEDULER) for at, server in held.items()},
+            {at.address for at, server in held.items() if server.kind is Kind.CLUSTER_IP},
+            None,
+            _detection(forms[0]),
+        )
+
+    def remembered(self, server: VirtualServer, client: Address) -> Remembered | None:
+        """By the `recent` lists of the endpoints' chains, which all addresses of a Service port share."""
+        books = self._book(server.at)
+        site = next((one for one in arrange(books.form, books.mates(server)) if one.any.at[:3] == server.at[:3]), None)
+        for real in server.real_servers if site else ():
+            age = recall(chain_name("SEP", f"{site.seed}{real}"), client) if site and real.weight else None
+            if age is not None and age < server.persistence:
+                return Remembered(real.address, real.port, round(server.persistence - age) if age >= 0 else None)
+        return None
+
+    def objects(self, walked: Walk) -> dict[Stage, tuple[str, ...]]:
+        """Rules by table and chain."""
+        books = self._book(walked.question.at)
+        server = walked.outer or walked.server
+        return objects(walked, books.form, books.mates(server) if server else ())
 
     def monitors(self) -> tuple[int, ...]:
         """None: legacy tables tell nobody of changes; the agent's timer looks."""
@@ -488,6 +524,11 @@ def _told_once(books: Books, hits: Mapping[str, int]) -> dict[VirtualAddress, di
                         told.add(name)
                         mine[real.address, real.port] = hits.get(name, 0)
     return counts
+
+
+def _detection(form: Form) -> Detection:
+    """How rules of a form tell clients."""
+    return Detection(form.everyone, form.clusters, form.bridge, form.prefix, form.services)
 
 
 def _settings(tables: Mapping[str, Table]) -> dict[str, int]:

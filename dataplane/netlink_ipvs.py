@@ -56,6 +56,7 @@ from .ipvs_messages import (
     decode_server,
     name_message,
 )
+from .ipvs_path import objects
 from .model import Address, Masquerade, NoServers, VirtualAddress, VirtualServer, format_endpoint
 from .netlink_delivery import MarkedDelivery
 from .netlink_nftables import GROUP as NFTABLES_GROUP
@@ -72,14 +73,16 @@ from .netlink_socket import (
     kernel_error,
     resolve_family,
 )
-from .nft_clients import Clients
+from .nft_clients import Clients, read_detection
 from .nftables_messages import INET
 from .plan import Change as ServerChange
 from .plan import Plan, State
 from .procfs_sysctl import IPVS_SYSCTLS, STRICT_ARP_SYSCTLS, Change, apply, check, restore, running_kernel
 from .run_tool import run_tool
+from .walk import Detection, Remembered, Situation, Stage, Walk
 
 PROC_TABLE = Path("/proc/thread-self/net/ip_vs")  # of the calling thread's network namespace
+PROC_CONNECTIONS = Path("/proc/thread-self/net/ip_vs_conn")
 MODULES = ("ip_vs", "ip_vs_rr", "nf_conntrack", "dummy")
 
 _HINTS = {
@@ -204,6 +207,7 @@ class IpvsBackend:
     mode = "ipvs"
     drains = True
     shares_affinity = False
+    picks = ""
 
     def __init__(self, options: Options) -> None:
         self._options = options
@@ -214,6 +218,8 @@ class IpvsBackend:
             options.interface_prefix,
             options.service_cidrs,
         )
+        self._detection: Detection = clients
+        """How the guard's rules tell clients: these options say, until the kernel's rules have been read."""
         self._route = NetlinkSocket(NETLINK_ROUTE)
         self._netfilter = NetlinkSocket(NETLINK_NETFILTER)
         self._genl = NetlinkSocket(NETLINK_GENERIC)
@@ -494,6 +500,29 @@ class IpvsBackend:
         """(version code, size of the connection table) of the kernel's IPVS."""
         values = InfoAttrs.decode(self._genl.get(self._encoder.command(GET_INFO), "get", "IPVS info"), DATA)
         return values["version"], values["conn_tab_size"]
+
+    def situation(self) -> Situation:
+        """As IPVS and the guard's sets say, and the guard's rules, which may have been written with other options."""
+        try:
+            state = self.observe()
+        except PreflightError:
+            state = State()  # no IPVS in this kernel, so no servers
+        if self.guard.exists():
+            self._detection = read_detection(run_tool(["nft", "-t", "list", "table", "inet", TABLE]))
+        return Situation(state.servers, state.vips, state.hairpins, self._detection, state.foreign)
+
+    def remembered(self, server: VirtualServer, client: Address) -> Remembered | None:
+        """By IPVS's template for the client; each virtual server has its own."""
+        try:
+            text = PROC_CONNECTIONS.read_text()
+        except OSError:
+            return None
+        return ipvs_proc_text.remembered(text, server, client)
+
+    def objects(self, walked: Walk) -> dict[Stage, tuple[str, ...]]:
+        """Sets of the guard table, and servers as ipvsadm writes them."""
+        device = "kube-ipvs0" if self._options.vip_binding == "device" else "the local routing table"
+        return objects(walked, self.marks.of, self._detection, device)
 
     def monitors(self) -> tuple[int, ...]:
         """Sockets on which the kernel tells of link, address, route and nftables changes."""

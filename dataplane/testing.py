@@ -15,6 +15,7 @@ from .drain import DrainKey
 from .errors import KernelError, Unanswered
 from .model import Address, VirtualAddress, VirtualServer
 from .plan import Plan, State
+from .walk import Detection, Remembered, Situation, Stage, Walk
 
 
 class FakeTransaction(Struct, frozen=True):
@@ -35,6 +36,7 @@ class FakeBackend:
 
     mode = "fake"
     shares_affinity = True
+    picks = ""
 
     def __init__(self, *, drains: bool = False) -> None:
         self.drains = drains
@@ -53,6 +55,9 @@ class FakeBackend:
         self.kept: dict[DrainKey, float] = {}
         self.wants: dict[str, int] = {}
         """Sysctls that the mode wants."""
+        self.detection = Detection()
+        self.clients: dict[tuple[VirtualAddress, Address], Remembered] = {}
+        """Clients that the "kernel" remembers."""
         self.sysctls: dict[str, int] = {}
         """Those of the "kernel", which several fakes may share."""
         self.noted: dict[str, int] = {}
@@ -143,6 +148,20 @@ class FakeBackend:
                 (r, RealCounters(self.connections.get((at, r.address, r.port), 0), 0, 0)) for r in server.real_servers
             )
             yield ServerReport(server, 0, 0, rows, at not in self.foreign)
+
+    def situation(self) -> Situation:
+        """Contract."""
+        state = self.observe()
+        return Situation(state.servers, state.vips, state.hairpins, self.detection, state.foreign)
+
+    def remembered(self, server: VirtualServer, client: Address) -> Remembered | None:
+        """Contract."""
+        return self.clients.get((server.at, client))
+
+    def objects(self, walked: Walk) -> dict[Stage, tuple[str, ...]]:
+        """Contract."""
+        named = f"fake server {walked.server.at}" if walked.server else "no fake server"
+        return {Stage.SERVER: (named,)}
 
     def monitors(self) -> tuple[int, ...]:
         """Contract."""

@@ -21,6 +21,7 @@ COMMANDS = {
     "diff": "programming",
     "show": "looking",
     "status": "looking",
+    "explain": "explaining",
     "check": "upkeep",
     "doctor": "upkeep",
     "cleanup": "upkeep",
