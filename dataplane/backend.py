@@ -15,6 +15,7 @@ from .drain import DrainKey
 from .errors import KernelError, UsageError
 from .model import Address, Network, RealServer, VirtualAddress, VirtualServer
 from .plan import Plan, State
+from .sightings import Look, Witness
 from .walk import Remembered, Situation, Stage, Walk
 
 
@@ -153,6 +154,9 @@ class Backend(Protocol):
 
     def objects(self, walked: Walk) -> dict[Stage, tuple[str, ...]]:
         """The objects of the mode (rules, elements, servers) that decide on a walk through `situation`, by stage."""
+
+    def watch(self, wanted: Look) -> Witness:
+        """Look at real connections to one virtual address, by the best witness this mode has here; close it."""
 
     def monitors(self) -> tuple[int, ...]:
         """Descriptors that become readable when somebody changes something near ours."""

@@ -29,11 +29,14 @@ from .iptables_save import Table, same_rule, same_rules
 from .iptables_script import Script, Wanted
 from .iptables_text import JUMPS, MARKER, Form, chain_name, fixed, form_of, marker
 from .model import Address, Family, Kind, VirtualAddress, VirtualServer, family_of
+from .netlink_conntrack import NewConnections
+from .netlink_trace import PacketTrace
 from .plan import Plan, State
 from .procfs_recent import recall
 from .procfs_sysctl import Change, apply, check, restore, running_kernel
 from .procfs_sysctl import Wanted as WantedSysctl
 from .run_iptables import Tools, has_legacy_tables
+from .sightings import Look, Witness
 from .walk import Detection, Remembered, Situation, Stage, Walk
 
 CULPRITS = 32
@@ -295,6 +298,10 @@ class IptablesBackend:
         books = self._book(walked.question.at)
         server = walked.outer or walked.server
         return objects(walked, books.form, books.mates(server) if server else ())
+
+    def watch(self, wanted: Look) -> Witness:
+        """By nftrace, which knows of iptables-nft's rules; legacy tables are none of nf_tables': by conntrack."""
+        return PacketTrace(wanted) if self.flavour == "nft" else NewConnections(wanted)
 
     def monitors(self) -> tuple[int, ...]:
         """None: legacy tables tell nobody of changes; the agent's timer looks."""

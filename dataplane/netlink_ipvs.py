@@ -58,6 +58,7 @@ from .ipvs_messages import (
 )
 from .ipvs_path import objects
 from .model import Address, Masquerade, NoServers, VirtualAddress, VirtualServer, format_endpoint
+from .netlink_conntrack import NewConnections
 from .netlink_delivery import MarkedDelivery
 from .netlink_nftables import GROUP as NFTABLES_GROUP
 from .netlink_nftables import foreign_touches
@@ -77,12 +78,14 @@ from .nft_clients import Clients, read_detection
 from .nftables_messages import INET
 from .plan import Change as ServerChange
 from .plan import Plan, State
+from .procfs_ipvs import ConnectionTable, read_connections
 from .procfs_sysctl import IPVS_SYSCTLS, STRICT_ARP_SYSCTLS, Change, apply, check, restore, running_kernel
+from .procfs_sysctl import read as read_sysctl
 from .run_tool import run_tool
+from .sightings import Look, Witness
 from .walk import Detection, Remembered, Situation, Stage, Walk
 
 PROC_TABLE = Path("/proc/thread-self/net/ip_vs")  # of the calling thread's network namespace
-PROC_CONNECTIONS = Path("/proc/thread-self/net/ip_vs_conn")
 MODULES = ("ip_vs", "ip_vs_rr", "nf_conntrack", "dummy")
 
 _HINTS = {
@@ -513,16 +516,17 @@ class IpvsBackend:
 
     def remembered(self, server: VirtualServer, client: Address) -> Remembered | None:
         """By IPVS's template for the client; each virtual server has its own."""
-        try:
-            text = PROC_CONNECTIONS.read_text()
-        except OSError:
-            return None
-        return ipvs_proc_text.remembered(text, server, client)
+        return ipvs_proc_text.remembered(read_connections(), server, client)
 
     def objects(self, walked: Walk) -> dict[Stage, tuple[str, ...]]:
         """Sets of the guard table, and servers as ipvsadm writes them."""
         device = "kube-ipvs0" if self._options.vip_binding == "device" else "the local routing table"
         return objects(walked, self.marks.of, self._detection, device)
+
+    def watch(self, wanted: Look) -> Witness:
+        """By conntrack, which IPVS tells of the real server if it is to (vs.conntrack); else by IPVS's own table."""
+        known = read_sysctl("net.ipv4.vs.conntrack") == 1
+        return NewConnections(wanted) if known else ConnectionTable(wanted)
 
     def monitors(self) -> tuple[int, ...]:
         """Sockets on which the kernel tells of link, address, route and nftables changes."""

@@ -26,6 +26,7 @@ from .drain import DrainKey
 from .errors import KernelError, Unanswered
 from .model import Address, VirtualAddress, VirtualServer, between, disjoint, format_address
 from .netlink_socket import HEADER, NETLINK_NETFILTER, NLM_F_ECHO, NetlinkSocket
+from .netlink_trace import PacketTrace
 from .nft_chains import chain_of, needed
 from .nft_clients import Clients, read_detection
 from .nft_layout import NOTHING, TABLE, Difference, Entry, Homes, Target
@@ -35,6 +36,7 @@ from .nlattr import u32_bytes
 from .plan import Plan, State
 from .procfs_sysctl import Change, Wanted, apply, check, restore, running_kernel
 from .run_tool import run_tool
+from .sightings import Look, Witness
 from .walk import Detection, Remembered, Situation, Stage, Walk
 
 SYSCTLS = (Wanted("net.ipv4.ip_forward", 1, "packets to a Service leave for endpoints on other machines"),)
@@ -305,6 +307,10 @@ class NftablesBackend:
     def objects(self, walked: Walk) -> dict[Stage, tuple[str, ...]]:
         """Chains of the table, and elements of its sets and maps."""
         return objects(walked, self._entries, self._detection)
+
+    def watch(self, wanted: Look) -> Witness:
+        """By nftrace: each rule that a packet meets."""
+        return PacketTrace(wanted)
 
     def monitors(self) -> tuple[int, ...]:
         """The socket on which the kernel tells of nftables changes."""

@@ -15,6 +15,7 @@ from .drain import DrainKey
 from .errors import KernelError, Unanswered
 from .model import Address, VirtualAddress, VirtualServer
 from .plan import Plan, State
+from .sightings import Look, Sighting, Witness
 from .walk import Detection, Remembered, Situation, Stage, Walk
 
 
@@ -29,6 +30,33 @@ class FakeTransaction(Struct, frozen=True):
         lines += [f"~ {change.new.at} {' '.join(map(str, change.new.real_servers))}" for change in plan.change]
         lines += [f"- {server.at}" for server in plan.remove]
         return "".join(line + "\n" for line in lines)
+
+
+class FakeWitness:
+    """`sightings.Witness` that sees one connection at each look."""
+
+    name = "a fake"
+    blind = ""
+
+    def __init__(self, sightings: list[Sighting]) -> None:
+        self._left = sightings
+        self.closed = False
+
+    def fileno(self) -> int:
+        """Contract."""
+        return -1
+
+    def read(self) -> list[Sighting]:
+        """Contract."""
+        return [self._left.pop(0)] if self._left else []
+
+    def finish(self) -> list[Sighting]:
+        """Contract."""
+        return []
+
+    def close(self) -> None:
+        """Contract."""
+        self.closed = True
 
 
 class FakeBackend:
@@ -58,6 +86,8 @@ class FakeBackend:
         self.detection = Detection()
         self.clients: dict[tuple[VirtualAddress, Address], Remembered] = {}
         """Clients that the "kernel" remembers."""
+        self.sightings: list[Sighting] = []
+        """Connections that `watch` sees."""
         self.sysctls: dict[str, int] = {}
         """Those of the "kernel", which several fakes may share."""
         self.noted: dict[str, int] = {}
@@ -162,6 +192,10 @@ class FakeBackend:
         """Contract."""
         named = f"fake server {walked.server.at}" if walked.server else "no fake server"
         return {Stage.SERVER: (named,)}
+
+    def watch(self, wanted: Look) -> Witness:
+        """Contract."""
+        return FakeWitness([each for each in self.sightings if wanted.source in (None, each.client)])
 
     def monitors(self) -> tuple[int, ...]:
         """Contract."""

@@ -22,6 +22,7 @@ COMMANDS = {
     "show": "looking",
     "status": "looking",
     "explain": "explaining",
+    "trace": "tracing",
     "check": "upkeep",
     "doctor": "upkeep",
     "cleanup": "upkeep",

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from ..walk import Question, Situation
 
 
-def _address(_ctx: click.Context, _: click.Parameter, value: str | None) -> "Address | None":
+def address_of(_ctx: click.Context, _: click.Parameter, value: str | None) -> "Address | None":
     from ..model import parse_address
 
     try:
@@ -65,7 +65,7 @@ protocol_option = click.option(
 
 @click.command(short_help="Explain what one connection would meet.")
 @click.option(
-    "--from", "source", callback=_address, metavar="ADDR", help="Address of the client; default: this node itself."
+    "--from", "source", callback=address_of, metavar="ADDR", help="Address of the client; default: this node itself."
 )
 @to_option
 @protocol_option
@@ -100,10 +100,11 @@ def explain(
     from .. import explain_text
     from ..explanation import NoAddress
 
-    settings = _mode_here(settle(config_file, given), config_file, given)
+    settings = mode_here(settle(config_file, given), config_file, given)
     if manifests_only and not settings.manifests:
         raise UsageError("--manifests-only needs manifests: name them with -f, or in the file of --config")
-    with contextlib.closing(_Inquiry(settings, kernel=not manifests_only)) as inquiry:
+    told_how = config_file or given.get("iptables_tool") or given.get("vip_binding")
+    with contextlib.closing(_Inquiry(settings, kernel=not manifests_only, told_how=bool(told_how))) as inquiry:
         goal = inquiry.goal(target, protocol, source)
         if isinstance(goal, NoAddress):
             if output == "text":
@@ -119,7 +120,7 @@ def explain(
     return 0 if told.leads else FAILED
 
 
-def _mode_here(settings: "Configuration", config_file: str | None, given: dict[str, Any]) -> "Configuration":
+def mode_here(settings: "Configuration", config_file: str | None, given: dict[str, Any]) -> "Configuration":
     """The mode that is named, else the one that is here."""
     import msgspec
 
@@ -132,10 +133,19 @@ def _mode_here(settings: "Configuration", config_file: str | None, given: dict[s
     return settings if not modes or settings.mode in modes else msgspec.structs.replace(settings, mode=modes[0])
 
 
+def open_held(settings: "Configuration", *, told_how: bool) -> "Backend":
+    """The backend of the mode as it is here: with the tools and the way of binding that were used, unless told."""
+    from .. import backend
+
+    if told_how or settings.mode not in backend.MODES or not options.has_net_admin():
+        return open_kernel(settings)
+    return backend.open_leftover(settings.mode, settings.options())
+
+
 class _Inquiry:
     """The manifests, if there are any, and the kernel, if it may be asked."""
 
-    def __init__(self, settings: "Configuration", *, kernel: bool) -> None:
+    def __init__(self, settings: "Configuration", *, kernel: bool, told_how: bool = False) -> None:
         from .. import backend
         from ..netlink_node import NodeAddresses
         from ..reconciler import Reconciler
@@ -145,7 +155,9 @@ class _Inquiry:
         self.settings = settings
         self.source = open_source(settings) if settings.manifests else None
         self.backend: Backend = (
-            open_kernel(settings) if kernel else backend.open_backend(settings.mode, settings.options())
+            open_held(settings, told_how=told_how)
+            if kernel
+            else backend.open_backend(settings.mode, settings.options())
         )
         self.node: NodeAddresses = NodeAddresses()
         rules = settings.rules(self.node.read())
