@@ -7,8 +7,8 @@ from pathlib import Path
 from . import netlink_nftables as netlink
 from .errors import KernelError
 from .netlink_socket import NETLINK_NETFILTER, NetlinkSocket
-from .nft_trace import PREFIX, RuleKey, RuleTold, Tracer, owner_of, rule_told, script, table_name
-from .nftables_messages import BODY, INET, IP, IP6, Message, RuleAttrs, TableAttrs, request
+from .nft_trace import PREFIX, UNTOLD, RuleKey, RuleTold, Tracer, owner_of, rule_told, script, table_name
+from .nftables_messages import BODY, INET, Message, RuleAttrs, TableAttrs, request
 from .run_tool import run_tool
 from .sightings import Look, Sighting
 
@@ -26,8 +26,8 @@ class PacketTrace:
         self._news = NetlinkSocket(NETLINK_NETFILTER, groups=(GROUP,))
         self._table = table_name(os.getpid(), started(os.getpid()) or 0)
         remove_leftovers(self._sock)
-        self._tracer = Tracer(wanted, self._table, _rules(self._sock))
-        self._lost = False
+        self._rules: dict[RuleKey, RuleTold] = {}
+        self._tracer = Tracer(wanted, self._table, self._rule)
         run_tool(["nft", "-f", "-"], input=script(self._table, wanted))
 
     def fileno(self) -> int:
@@ -44,6 +44,19 @@ class PacketTrace:
     def finish(self) -> list[Sighting]:
         """Packets of whose end nothing was told."""
         return self._tracer.finish()
+
+    def _rule(self, key: RuleKey) -> RuleTold:
+        """What is worth saying of a rule, looked up when a packet has met it: there may be very many."""
+        if key not in self._rules:
+            family, table, chain, handle = key
+            asked = RuleAttrs.encode(table=table, chain=chain, handle=handle)
+            try:
+                answer = self._sock.get(request(Message.GETRULE, family, asked), "look up a rule of", chain)
+            except KernelError:
+                return UNTOLD  # gone already
+            values = RuleAttrs.decode(answer, BODY)
+            self._rules[key] = rule_told(values.get("expressions", b""), values.get("userdata", b""))
+        return self._rules[key]
 
     def close(self) -> None:
         """Remove the table."""
@@ -88,15 +101,3 @@ def _delete(sock: NetlinkSocket, table: str) -> None:
     except KernelError as error:
         if error.errno != errno.ENOENT:
             raise
-
-
-def _rules(sock: NetlinkSocket) -> dict[RuleKey, RuleTold]:
-    """What is worth saying of every rule there is."""
-    found: dict[RuleKey, RuleTold] = {}
-    for family in (INET, IP, IP6):
-        for answer in sock.dump(request(Message.GETRULE, family)):
-            values = RuleAttrs.decode(answer, BODY)
-            told = rule_told(values.get("expressions", b""), values.get("userdata", b""))
-            if told.comment or told.refuses:
-                found[family, values["table"], values["handle"]] = told
-    return found

@@ -8,7 +8,7 @@ What is wanted stands in a set whose element has a timeout, so what a killed tra
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 from msgspec import Struct, field
@@ -99,8 +99,11 @@ class RuleTold(NamedTuple):
     refuses: bool
 
 
-RuleKey = tuple[int, str, int]
-"""Family, table and handle."""
+RuleKey = tuple[int, str, str, int]
+"""Family, table, chain and handle."""
+UNTOLD = RuleTold("", False)
+_MADE = "made on demand"
+"""Comments by which chains of nftables mode are known, and which tell nobody anything."""
 _MARKED = re.compile(r" \[[0-9a-f]{8}\]$")
 
 
@@ -113,6 +116,8 @@ def rule_told(expressions: bytes, userdata: bytes) -> RuleTold:
             match = MatchAttrs.decode(values.get("data", b""))
             if match.get("name") == "comment":
                 comment = match.get("info", b"").split(b"\0")[0].decode("utf-8", "replace")
+    if comment.startswith(_MADE):
+        comment = ""
     return RuleTold(comment, b"reject\0" in expressions or b"REJECT\0" in expressions)
 
 
@@ -140,12 +145,12 @@ class _Packet(Struct):
 
 
 class Tracer:
-    """Puts together what the kernel tells, packet by packet. `rules`: what is known of rules."""
+    """Puts together what the kernel tells, packet by packet. `rule`: what is known of a rule."""
 
-    def __init__(self, wanted: Look, table: str, rules: Mapping[RuleKey, RuleTold]) -> None:
+    def __init__(self, wanted: Look, table: str, rule: Callable[[RuleKey], RuleTold]) -> None:
         self._wanted = wanted
         self._table = table
-        self._rules = rules
+        self._rule = rule
         self._packets: dict[int, _Packet] = {}
         self._told: set[tuple[Address, int]] = set()
 
@@ -194,7 +199,7 @@ class Tracer:
         if kind == _RETURN:
             return False
         handle = values.get("handle", 0)
-        told = self._rules.get((family, table, handle if isinstance(handle, int) else 0), RuleTold("", False))
+        told = self._rule((family, table, chain, handle if isinstance(handle, int) else 0))
         where = f"{table} {chain}"
         note = f" ({told.comment})" if told.comment else ""
         if code == _DROP:

@@ -3,6 +3,7 @@
 Names in it are user-made, so every line leaves through `printable`.
 """
 
+import json
 from typing import Any
 
 from .model import Protocol, VirtualAddress, format_address, format_endpoint
@@ -14,11 +15,12 @@ from .walk import Verdict
 _LINE = 1000
 
 
-def sighting_text(each: Sighting, at: VirtualAddress, *, steps: bool = True) -> str:
+def sighting_text(each: Sighting, at: VirtualAddress, service: str) -> str:
     """One connection: what became of it, and what happened on the way."""
     client, protocol = format_endpoint(each.client, each.client_port), Protocol(each.protocol).name
-    lines = [f"{client} -> {format_endpoint(at.address, at.port)}/{protocol} {_outcome(each)}"]
-    lines += [f"    {step}" for step in each.steps] if steps else []
+    owner = f"{service}: " if service else ""
+    lines = [f"{owner}{client} -> {format_endpoint(at.address, at.port)}/{protocol} {_outcome(each)}"]
+    lines += [f"    {step}" for step in each.steps]
     return "".join(printable(line, _LINE) + "\n" for line in lines)
 
 
@@ -31,6 +33,12 @@ def _outcome(each: Sighting) -> str:
     if each.source is None:
         return where
     return f"{where}, " + (f"masqueraded as {format_address(each.source)}" if each.masqueraded else "not masqueraded")
+
+
+def json_line(each: Sighting, mode: str, service: str) -> str:
+    """`trace -o jsonl`: one connection a line."""
+    head = {"schemaVersion": SCHEMA_VERSION, "mode": mode, "service": service}
+    return json.dumps({**head, **sighting_document(each)}) + "\n"
 
 
 def sighting_document(each: Sighting) -> dict[str, Any]:

@@ -21,7 +21,8 @@ from dataplane.model import (
     parse_address,
     parse_network,
 )
-from dataplane.walk import Detection, Remembered
+from dataplane.sightings import Sighting
+from dataplane.walk import Detection, Remembered, Verdict
 
 from .test_cli import Kernel, invoke
 from .test_cli import kernel as kernel
@@ -335,3 +336,57 @@ def test_text_of_users_is_escaped(held: Kernel) -> None:
 
     held.backend.servers[WEB.at] = msgspec.structs.replace(WEB, label="default/we\x1b[2Jb")
     assert "\x1b" not in explain("--to", "10.96.0.10:80", "--from", "10.244.9.9").stdout
+
+
+# ----------------------------------------------------------------------------------------------------------- trace
+
+
+def sighting(client: str, port: int = 40000) -> Sighting:
+    real = (parse_address("10.244.1.7"), 8080)
+    return Sighting(6, parse_address(client), port, Verdict.ENDPOINT, real, parse_address(client), "", ("a step",))
+
+
+def test_connections_are_told_as_they_come_and_counted(held: Kernel) -> None:
+    held.backend.sightings = [sighting("10.244.9.9", 40000 + number) for number in range(5)]
+    done = invoke("trace", "--to", "web", "-n", "3")
+    assert done.exit_code == 0
+    assert done.stdout.splitlines()[:2] == [
+        "default/web:http: 10.244.9.9:40000 -> 10.96.0.10:80/TCP goes to 10.244.1.7:8080, not masqueraded",
+        "    a step",
+    ]
+    assert len(done.stdout.splitlines()) == 6
+    assert "looking at default/web:http (10.96.0.10:80/TCP) for 10 s by a fake" in done.stderr
+
+
+def test_nothing_seen_is_status_1_and_says_what_the_rules_would_do(held: Kernel) -> None:
+    done = invoke("trace", "--to", "10.96.0.10:81", "--seconds", "0.1")
+    assert done.exit_code == 1
+    assert "nothing was seen in 0.1 s; by its rules such a connection is refused: closed port" in done.stderr
+
+
+def test_a_trace_as_documents(held: Kernel) -> None:
+    held.backend.sightings = [sighting("10.244.9.9"), sighting("10.244.9.8")]
+    done = invoke("trace", "--from", "10.244.9.8", "--to", "web", "--seconds", "0.1", "-o", "json")
+    document = json.loads(done.stdout)
+    assert (document["witness"], document["service"]) == ("a fake", "default/web:http")
+    assert [each["client"] for each in document["connections"]] == ["10.244.9.8"]
+    held.backend.sightings = [sighting("10.244.9.9")]
+    (line,) = invoke("trace", "--to", "web", "-n", "1", "-o", "jsonl").stdout.splitlines()
+    assert json.loads(line)["endpoint"] == {"address": "10.244.1.7", "port": 8080}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "Missing option '--to'"),
+        (["--to", "10.96.0.10"], "which port?"),
+        (["--to", "wbe"], "did you mean web"),
+        (["--to", "web", "--seconds", "3600"], "0.1<=x<=600"),
+        (["--to", "web", "-n", "100000"], "1<=x<=1000"),
+        (["--to", "10.96.0.10:80", "--from", "fd00::1"], "two families"),
+    ],
+)
+def test_a_look_without_bounds_is_a_usage_error(held: Kernel, arguments: list[str], said: str) -> None:
+    done = invoke("trace", *arguments)
+    assert said in done.stderr
+    assert done.exit_code == 2

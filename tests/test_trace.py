@@ -113,12 +113,21 @@ def test_it_tells_clients_apart_and_pods_are_not_masqueraded(programmed: Lane, w
     assert seen["masquerade"] is (seen["endpoint"]["address"] == pod.v4)
 
 
+def test_a_process_of_the_node(programmed: Lane, world: Topology) -> None:
+    with tracing(world.node, "--to", f"{VIP}:80", "--seconds", "30", "-n", "1", "-o", "jsonl") as process:
+        met = Caller(world.node).tally(1, VIP, 80)
+        status, out, err = ended(process)
+    assert status == 0, (err, met)
+    (seen,) = lines(out)
+    assert met == {f"pod{[pod.v4 for pod in world.pods].index(seen['endpoint']['address'])}": 1}
+
+
 def test_the_text_names_the_way(programmed: Lane, world: Topology) -> None:
     with tracing(world.node, "--to", "web:http", "--seconds", "30", "-n", "1") as process:
         Caller(world.client).tally(1, VIP, 80)
         status, out, err = ended(process)
     assert status == 0, err
-    assert out.splitlines()[0].startswith(f"{world.client_addresses[0]}:")
+    assert out.splitlines()[0].startswith(f"default/web:http: {world.client_addresses[0]}:")
     assert f"-> {VIP}:80/TCP goes to 10.244." in out.splitlines()[0]
     assert "masqueraded as" in out.splitlines()[0]
     way = {"nftables": "goto pick4_3 (to a Service)", "iptables-nft": "jump KUBE-SVC-"}

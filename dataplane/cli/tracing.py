@@ -1,6 +1,5 @@
 """trace: real connections to one address and port, for a moment."""
 
-import json
 import select
 import signal
 import sys
@@ -126,9 +125,9 @@ def _look(
         for each in seen[: count - len(told)]:
             told.append(each)
             if output == "text":
-                click.echo(trace_text.sighting_text(each, goal.at), nl=False)
+                click.echo(trace_text.sighting_text(each, goal.at, label), nl=False)
             elif output == "jsonl":
-                click.echo(json.dumps(trace_text.sighting_document(each)))
+                click.echo(trace_text.json_line(each, backend.mode, label), nl=False)
         sys.stdout.flush()
 
     with _ended_by_signals() as ended:
