@@ -269,11 +269,14 @@ class IptablesBackend:
 
     def situation(self) -> Situation:
         """As the rules say, read in the form in which their marker says they were written."""
+        flaws = []
         for family, tools in self._tools.items():
             tables = tools.save()
             # `explain` is not told how the rules were written; they say it
             form = form_of(tables.get("nat", Table()).chains.get(MARKER, ()))
-            self._books[family] = self._read(family, tables, form=form)
+            books = self._books[family] = self._read(family, tables, form=form)
+            if books.held and self._flaws(family, tables, books, form):
+                flaws.append(f"fixed chains and jumps of {tools.prefix} are not as this version writes them")
         held = {at: server for books in self._books.values() for at, server in books.held.items()}
         forms = [books.form for books in self._books.values() if books.held] or [self._form]
         return Situation(
@@ -281,6 +284,7 @@ class IptablesBackend:
             {at.address for at, server in held.items() if server.kind is Kind.CLUSTER_IP},
             None,
             _detection(forms[0]),
+            flaws=tuple(flaws),
         )
 
     def remembered(self, server: VirtualServer, client: Address) -> Remembered | None:
@@ -349,9 +353,9 @@ class IptablesBackend:
                 "stop kube-proxy on this node and run kube-proxy --cleanup",
             )
 
-    def _flaws(self, family: Family, tables: Mapping[str, Table], books: Books) -> str:
+    def _flaws(self, family: Family, tables: Mapping[str, Table], books: Books, form: Form | None = None) -> str:
         """The restore text that mends the fixed parts, and leaves alone what is as it should be."""
-        form = self._form
+        form = form or self._form
         settings = (self._before or _settings(tables)) if family is Family.IPV4 else {}
         wanted = fixed(form, family, fully_random=self._fully_random)
         # the marker comes before any other chain: whatever happens next, these chains are known to be ours

@@ -510,9 +510,18 @@ class IpvsBackend:
             state = self.observe()
         except PreflightError:
             state = State()  # no IPVS in this kernel, so no servers
+        flaws = []
         if self.guard.exists():
             self._detection = read_detection(run_tool(["nft", "-t", "list", "table", "inet", TABLE]))
-        return Situation(state.servers, state.vips, state.hairpins, self._detection, state.foreign)
+            if not self.guard.written_with(self._detection):
+                flaws.append(f"the rules of table inet {TABLE} are not as this version writes them")
+        if state.servers and not self.vips.exists():
+            flaws.append("what binds the cluster IPs to this node is not there")
+        if self.delivers and not self.delivery.exists():
+            flaws.append(
+                "the routing rules (ip rule 86 to 88) that deliver packets to external addresses are not there"
+            )
+        return Situation(state.servers, state.vips, state.hairpins, self._detection, state.foreign, tuple(flaws))
 
     def remembered(self, server: VirtualServer, client: Address) -> Remembered | None:
         """By IPVS's template for the client; each virtual server has its own."""

@@ -115,7 +115,7 @@ class NftablesBackend:
         """How the rules tell clients: these options say, until the kernel's rules have been read."""
         self._sock = NetlinkSocket(NETLINK_NETFILTER)
         self._text = render(_TEXT.read_text(), clients.rules())
-        self._table = StaticTable(self._sock, TABLE, self._text, lambda name: chain_of(name) is not None)
+        self._table = StaticTable(self._sock, TABLE, self._text, self._made_later)
         self._monitor: NetlinkSocket | None = None
         self._touched = False
         self._entries: dict[VirtualAddress, Entry] = {}
@@ -282,9 +282,13 @@ class NftablesBackend:
     def situation(self) -> Situation:
         """As the elements say, and the rules: those in the kernel may have been written with other options."""
         state = self.observe()
+        flaws: tuple[str, ...] = ()
         if self._table.exists():
             self._detection = read_detection(run_tool(["nft", "-t", "list", "table", "inet", TABLE]))
-        return Situation(state.servers, state.vips, state.hairpins, self._detection, state.foreign)
+            text = render(_TEXT.read_text(), Clients.of(self._detection).rules())
+            if not StaticTable(self._sock, TABLE, text, self._made_later).matches(self._table.read()[0]):
+                flaws = (f"the rules of table inet {TABLE} are not as this version writes them",)
+        return Situation(state.servers, state.vips, state.hairpins, self._detection, state.foreign, flaws)
 
     def remembered(self, server: VirtualServer, client: Address) -> Remembered | None:
         """By `affinity`, which all addresses of a Service port share."""
@@ -347,6 +351,11 @@ class NftablesBackend:
         self._sock.close()
         if self._monitor is not None:
             self._monitor.close()
+
+    @staticmethod
+    def _made_later(chain: str) -> bool:
+        """Made when a Service first needs it."""
+        return chain_of(chain) is not None
 
     # ------------------------------------------------------------------------------------------------- writing
 

@@ -89,13 +89,15 @@ class Remembered(NamedTuple):
 
 class Situation(Struct, frozen=True):
     """What a packet meets. `vips`: addresses of which every port is ours (cluster IPs). `hairpins`: endpoints that may
-    reach themselves through a Service; None = each may. `foreign`: virtual addresses that somebody else programmed."""
+    reach themselves through a Service; None = each may. `foreign`: virtual addresses that somebody else programmed.
+    `flaws`: which fixed parts of the mode are not as they were made, so that packets may meet something else."""
 
     servers: Mapping[VirtualAddress, VirtualServer]
     vips: Collection[Address]
     hairpins: Collection[Address] | None
     detection: Detection
     foreign: Collection[VirtualAddress] = ()
+    flaws: tuple[str, ...] = ()
 
 
 class Verdict(Enum):

@@ -221,3 +221,37 @@ def test_a_client_with_affinity_is_remembered(programmed: Lane, world: Topology,
     assert "(59" in done.stdout or "(60" in done.stdout, "and how long"
     other = world.node.run(CLI, "explain", "--from", "192.0.2.99", "--to", "web:http", "-o", "json")
     assert json.loads(other.stdout)["remembered"] is False
+
+
+def test_rules_that_somebody_has_taken_away_are_told(programmed: Lane, world: Topology) -> None:
+    """What is in sets and chains is then not what packets meet."""
+    asked = ("explain", "--from", world.client_addresses[0], "--to", "web:http")
+    assert "careful" not in world.node.run(CLI, *asked).stdout
+    removal = {
+        "ipvs": "nft flush chain inet dataplane-ipvs input_vips",
+        "nftables": "nft flush chain inet dataplane-nftables nat_prerouting",
+        "iptables-nft": "iptables-nft -t nat -F PREROUTING",
+        "iptables-legacy": "iptables-legacy -t nat -F PREROUTING",
+    }
+    world.node.run(*removal[programmed.name].split())
+    assert "careful: " in world.node.run(CLI, *asked).stdout
+
+
+@pytest.mark.ipvs
+def test_where_conntrack_is_not_told_the_table_of_ipvs_is_looked_at(world: Topology, tmp_path: Path) -> None:
+    file = tmp_path / "services.json"
+    file.write_text(manifest([pod.addresses for pod in world.pods]))
+    world.node.run(CLI, "apply", "-f", str(file), "--mode", "ipvs", "--vip-binding", "routes", timeout=120)
+    world.node.sysctl("ipv4.vs.conntrack", 0)
+    try:
+        with tracing(world.node, "--to", f"{VIP}:80", "--seconds", "60", "-n", "1", "-o", "json") as process:
+            Caller(world.client).tally(1, VIP, 80)
+            status, out, err = ended(process)
+        document = json.loads(out)
+        assert status == 0, err
+        assert document["witness"].startswith("IPVS connection table")
+        (seen,) = document["connections"]
+        assert seen["endpoint"]["address"] in {pod.v4 for pod in world.pods}
+        assert seen["masquerade"] is None
+    finally:
+        world.node.run(CLI, "cleanup", "--all", timeout=120)

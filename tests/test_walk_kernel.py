@@ -38,6 +38,8 @@ def play(mode: str, tool: str, share: int) -> int:
             agent.program(case)
             backend = agent.backend
             situation = backend.situation()
+            if situation.flaws:
+                print(f"{case.name}: {situation.flaws}")
             wanted = detection_of(agent.configuration(case).options())
             if _sorted(situation.detection) != _sorted(wanted):
                 print(f"{case.name}: the rules say {situation.detection}, written with {wanted}")

@@ -209,6 +209,8 @@ class _Inquiry:
                 told += self._reasons(at, bool(told))
             if desired.verdict is Verdict.NOT_OURS:
                 remarks += refused_here(at, self.views, self.problems)
+        if self.held is not None:
+            remarks += [f"careful: {each}{self._agent_text()}" for each in self.held.flaws]
         if kernel is not None and not self.backend.present():
             remarks.append(f"nothing of {self.settings.mode} mode is in the kernel{self._agent_text()}")
         if source is None:
