@@ -15,10 +15,10 @@ TABLE = """
 9   cli
 8   demo doctor
 7   agent mode_switch netlink_ipvs
-6   ipvs_guard nft_tables iptables_restore manifest_files reconciler health_responder testing explain_text
-6   trace_text
+6   ipvs_guard nft_tables iptables_restore manifest_files reconciler health_responder testing
+6   explain_text trace_text
 5   ipvs_ledger nft_chains nft_skeleton iptables_books run_iptables configuration show_text netlink_conntrack
-5   ipvs_path nft_path explanation netlink_trace procfs_ipvs
+5   nft_path ipvs_path explanation netlink_trace procfs_ipvs
 4   backend netlink_node netlink_delivery nft_layout ipvsadm_text ipvs_proc_text netlink_nftables manifest_content
 4   iptables_reading iptables_script iptables_path nft_trace
 3   ipvs_messages nftables_messages nft_clients netlink_route iptables_chains iptables_save

@@ -3,6 +3,7 @@
 No packets: those are `python -m tests.flows`, which plays the same flows on the same kernel state.
 """
 
+import contextlib
 import sys
 import tempfile
 from pathlib import Path
@@ -11,8 +12,10 @@ import msgspec
 import pytest
 
 from bench.isolation import enter_new_namespace
+from dataplane.backend import MODES, Options, open_backend
 from dataplane.explanation import detection_of
-from dataplane.model import disjoint
+from dataplane.model import disjoint, parse_network
+from dataplane.plan import diff
 from dataplane.walk import Detection
 
 from .flows.agent import CaseAgent
@@ -20,8 +23,10 @@ from .flows.cases import read_cases
 from .flows.walking import answers
 from .flows.world import World
 from .netns import NetNs
+from .words import server
 
 FOLDER = Path(__file__).with_name("flows")
+WEB = server("TCP 10.0.0.1:80 rr label=default/web:http -> 10.1.0.1:8080")
 REPOSITORY = FOLDER.parent.parent
 FILES = ("flows.yaml", "edges.yaml")
 """In the micro-VM a case takes seconds: there the first file's every third."""
@@ -87,3 +92,28 @@ def test_a_walk_through_the_kernels_state_says_what_every_flow_expects(mode: str
 @pytest.mark.slow
 def test_a_walk_through_ipvs_says_what_flows_expect() -> None:
     walk_all("ipvs", share=3)
+
+
+@pytest.mark.parametrize(
+    "mode", [pytest.param(mode, marks=pytest.mark.ipvs if mode == "ipvs" else pytest.mark.root) for mode in MODES]
+)
+def test_how_clients_are_told_is_read_from_the_rules(mode: str) -> None:
+    """Whoever asks need not know the options with which an agent has written them."""
+    wide = Options(
+        cluster_cidrs=(parse_network("10.244.0.0/16"), parse_network("192.0.2.7/32")),
+        bridge_interface="br0",
+        interface_prefix="cali",
+        service_cidrs=(parse_network("10.96.0.0/12"), parse_network("fd00:96::/112")),
+    )
+    with NetNs.create("told") as namespace, namespace.enter():
+        for options in (wide, Options(), Options(masquerade_all=True)):
+            with contextlib.closing(open_backend(mode, options)) as backend:
+                backend.prepare()
+                assert backend.intact()
+                backend.commit(backend.compile(diff(backend.observe(), {WEB.at: backend.express(WEB)})))
+            with contextlib.closing(open_backend(mode, Options())) as asked:
+                situation = asked.situation()
+                found = situation.detection
+                assert _sorted(found) == _sorted(detection_of(options))
+                assert not situation.flaws
+                asked.remove()
