@@ -169,7 +169,12 @@ def plan_summary(plan: Plan) -> str:
     """`2 virtual servers to add, 1 to change; 6 real servers to add; 2 VIPs to bind`."""
     reals = [change.reals() for change in plan.change]
     parts = [
-        _amounts("virtual server", (len(plan.add), "add"), (sum(map(bool, plan.change)), "change"), (len(plan.remove), "remove")),
+        _amounts(
+            "virtual server",
+            (len(plan.add), "add"),
+            (sum(map(bool, plan.change)), "change"),
+            (len(plan.remove), "remove"),
+        ),
         _amounts(
             "real server",
             (sum(len(s.real_servers) for s in plan.add) + sum(len(add) for add, _, _ in reals), "add"),
