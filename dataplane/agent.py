@@ -184,6 +184,8 @@ class Agent:
                 await self._control.start()
             except DataplaneError as error:
                 self._log.warning("nobody can ask", error=printable(str(error)))
+            if self._web is not None:
+                self._web.start()
             reader = asyncio.create_task(self._read_source())
             try:
                 self._begin()
@@ -191,8 +193,6 @@ class Agent:
                 watched = dict.fromkeys(self._reconciler.backend.monitors(), self._kernel_spoke)
                 if self._node is not None:
                     watched[self._node.fileno()] = self._node_spoke
-                if self._web is not None:
-                    self._web.start()
                 for descriptor, heed in watched.items():
                     loop.add_reader(descriptor, heed)
                 await self._work(reader)

@@ -47,8 +47,9 @@ class Traffic(ScriptedAgent):
     def __init__(self) -> None:
         super().__init__()
         self.begun = time.time() - 1800
-        for cause, seconds in (("start", 0.021), *(("change", 0.0008 * 1.4**n) for n in range(12)), ("resync", 0.0004)):
+        for cause, seconds in (("start", 0.021), *(("change", 0.0008 * 1.4**n) for n in range(12))):
             self.agent._figures.sync(cause, "committed", seconds, 1, 1, 0)
+        self.agent._figures.sync("resync", "unchanged", 0.0004, 0, 0, 0)
         self.agent._figures.sync("disturbed", "committed", 0.003, 2, 0, 0)
         self.agent._started = self.begun - 86_000
         self.status = {"draining": 1, "lastSyncAt": time.time() - 4, "lastSync": None}

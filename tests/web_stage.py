@@ -27,6 +27,9 @@ from dataplane.web.viewing import Watch
 
 from .test_staleness import Lines
 
+SECONDS = 60
+"""A process that starts with the first caller takes its time in the emulated micro-VM."""
+
 
 def real(address: str, hits: int | None = 0, **fields: Any) -> RealServerRow:
     """One backend on port 9376."""
@@ -110,7 +113,7 @@ def request(
     port: int, path: str, method: str = "GET", headers: dict[str, str] | None = None
 ) -> tuple[http.client.HTTPResponse, bytes]:
     """One request to 127.0.0.1."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=SECONDS)
     with contextlib.closing(connection):
         connection.putrequest(method, path, skip_host="Host" in (headers or {}))
         for name, value in (headers or {}).items():
@@ -123,7 +126,7 @@ def request(
 @contextlib.contextmanager
 def events(port: int, query: str = "") -> Iterator[Iterator[tuple[str, Any]]]:
     """Server-sent events, as (kind, data)."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=SECONDS)
     with contextlib.closing(connection):
         connection.request("GET", f"/events{query}")
         answer = connection.getresponse()
