@@ -3,12 +3,15 @@
 import asyncio
 import contextlib
 import gzip
+import hashlib
 import json
+import re
 import socket
 import subprocess
 import sys
 import threading
 import time
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,8 @@ from dataplane.web_child import WebChild
 from .test_staleness import Lines
 from .web_stage import ScriptedAgent, Stage, events, look, real, request, service, staged
 
+ROOT = Path(__file__).resolve().parent.parent
+ASSETS = ROOT / "dataplane" / "web" / "assets"
 TWO = (real("10.244.0.1", 30), real("10.244.0.2", 10))
 
 
@@ -98,6 +103,25 @@ def test_the_page_needs_nothing_from_elsewhere(stage: Stage) -> None:
         assert answer.status == 200
         assert b"://" not in body.replace(b"http://www.w3.org", b""), path
     assert b"innerHTML" not in stage.request("/assets/page.js")[1]
+
+
+def test_what_others_have_made_is_as_they_made_it() -> None:
+    sums = [
+        line.split() for line in (ASSETS / "uPlot.ORIGIN").read_text().splitlines() if re.match(r"[0-9a-f]{64} ", line)
+    ]
+    assert {name for _, name in sums} == {"uPlot.iife.min.js", "uPlot.min.css", "uPlot.LICENSE"}
+    for expected, name in sums:
+        assert hashlib.sha256((ASSETS / name).read_bytes()).hexdigest() == expected, name
+
+
+@pytest.mark.slow
+def test_the_page_is_in_the_wheel(tmp_path: Path) -> None:
+    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), "."]
+    subprocess.run(build, cwd=ROOT, check=True, timeout=120)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        packed = {name.rpartition("/")[2] for name in archive.namelist() if name.startswith("dataplane/web/assets/")}
+    assert packed == {path.name for path in ASSETS.iterdir()}
 
 
 # -------------------------------------------------------------------------------------------------------------- metrics
