@@ -421,6 +421,21 @@ def test_the_command_serves_says_where_and_waits_for_an_agent(tmp_path: Path) ->
         process.communicate(timeout=20)
 
 
+def test_the_command_says_where_to_look_when_the_port_is_taken(tmp_path: Path) -> None:
+    with open_listener(Listen("127.0.0.1", 0)) as one:
+        at = f"127.0.0.1:{one.getsockname()[1]}"
+        done = subprocess.run(
+            [sys.executable, "-m", "dataplane", "web", "--listen", at],
+            env={"DATAPLANE_RUNTIME_DIRECTORY": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    assert done.returncode == 1
+    assert f"{at}: address already in use; if that is the agent, http://{at}/ is there already" in done.stderr
+
+
 def test_missed_hits_are_in_the_overview(tmp_path: Path) -> None:
     with staged(tmp_path) as stage:
         counts = Counts("probe", ("fexit:x",), {"full": 2, "recursion": 0})

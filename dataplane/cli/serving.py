@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..errors import UsageError
+from ..errors import DataplaneError, UsageError
 from .options import say
 
 if TYPE_CHECKING:
@@ -69,7 +69,11 @@ def web(listen: "Listen", max_series: int, descriptor: int | None, of_agent: int
             ControlClient().close()
         except AgentUnreachable as error:
             say(f"{error}: the page waits for one")
-        listener = open_listener(listen)
+        try:
+            listener = open_listener(listen)
+        except DataplaneError as error:
+            hint = f"if that is the agent, http://{listen}/ is there already; --listen names another address"
+            raise DataplaneError(f"{error}; {hint}") from error
         listen = Listen(*listener.getsockname()[:2])
         click.echo(f"http://{listen}/")
         if not listen.loopback:

@@ -19,6 +19,8 @@ from ..rows import Look, ServiceRow, with_rates
 SECONDS = 1.0
 SHARE = 5
 """Between two looks pass at least so many times the seconds that one takes: the agent answers in its only thread."""
+PATIENCE = 8.0
+"""Seconds of silence after which the agent counts as not answering: less than the ten that Prometheus waits."""
 RATES_WITHIN = 30.0
 """Seconds between two looks beyond which a rate would tell nothing of now."""
 HISTORY, HISTORY_POINTS = 300, 100_000
@@ -116,7 +118,7 @@ class Watch:
             conntrack = (read_sysctl("net.netfilter.nf_conntrack_count"), read_sysctl("net.netfilter.nf_conntrack_max"))
             try:
                 if self._agent is None:
-                    self._agent = ControlClient()
+                    self._agent = ControlClient(PATIENCE)
                 raw = self._agent.ask("look")
                 status = self._agent.status()
                 look, rows = self._decode(raw)
