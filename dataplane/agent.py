@@ -28,6 +28,7 @@ from .control_socket import ControlClient
 from .desired import Rules
 from .drain import DrainKey
 from .errors import DataplaneError
+from .figures import Figures
 from .health_responder import HealthResponder
 from .looks import Looks
 from .model import Problem, Update, VirtualAddress
@@ -110,6 +111,16 @@ class NoSwitch:
         """Nothing."""
 
 
+class Web(Protocol):
+    """What the agent needs of a `web_child.WebChild`."""
+
+    def start(self) -> None:
+        """Listen, in the running event loop."""
+
+    def close(self) -> None:
+        """End it."""
+
+
 class Log(Protocol):
     """What the agent needs of a structlog logger."""
 
@@ -130,6 +141,7 @@ class Agent:
         node: Node | None = None,
         switch: Switch = NoSwitch(),  # noqa: B008 (has no state)
         start_probe: ProbeStarter | None = None,
+        web: Web | None = None,
     ) -> None:
         self._reconciler = reconciler
         self._node = node
@@ -153,10 +165,11 @@ class Agent:
         self._looks = reconciler.audience = Looks(reconciler.backend, self._clocks)
         self._prober = Prober(self._looks, lambda: reconciler.held.servers, log, start_probe)
         self._control = ControlServer({"status": self._tell_status, "look": self._tell_look})
+        self._figures = Figures()
+        self._web = web
         self._flows_retry_at: float | None = None
         self._flows_error = ""
         self._flows_backoff = BACKOFF_LEAST
-        self._flows_deleted = 0
         self._started = time.time()
         self._synced_at = 0.0
 
@@ -174,6 +187,8 @@ class Agent:
                 await self._control.start()
             except DataplaneError as error:
                 self._log.warning("nobody can ask", error=printable(str(error)))
+            if self._web is not None:
+                self._web.start()
             reader = asyncio.create_task(self._read_source())
             try:
                 self._begin()
@@ -188,6 +203,8 @@ class Agent:
                 for descriptor in watched:
                     loop.remove_reader(descriptor)
             finally:
+                if self._web is not None:
+                    self._web.close()
                 reader.cancel()
                 with contextlib.suppress(asyncio.CancelledError, Exception):
                     await reader
@@ -279,6 +296,7 @@ class Agent:
         waiting, self._updates = self._updates, []
         touched: set[VirtualAddress] = set()
         for update in waiting:
+            self._figures.changed_services += len(update.changed)
             touched |= self._reconciler.take(update)
         self._tell_problems()
         if self._reconciler.unexplained and not self._source.problems:
@@ -343,8 +361,8 @@ class Agent:
         self._flows_retry_at, self._flows_backoff, self._flows_error = None, BACKOFF_LEAST, ""
         if swept is not None:  # of many changes in a row, one look serves several, and clients still move in a second
             self._flows_retry_at = time.monotonic() + min(FLOWS_PAUSE_MOST, 9 * took)
+            self._figures.swept(took, swept.deleted)
         if swept is not None and swept.deleted:
-            self._flows_deleted += swept.deleted
             self._log.info("conntrack", deleted=swept.deleted, read=swept.read, milliseconds=round(took * 1000, 3))
 
     # -------------------------------------------------------------------------------------------------------- telling
@@ -352,6 +370,9 @@ class Agent:
     def _report(self, report: SyncReport) -> None:
         self._last = report
         self._synced_at = time.time()
+        self._figures.sync(
+            report.cause, report.result, report.milliseconds / 1000, report.adds, report.sets, report.deletes
+        )
         if report.failed:
             self._retry_at = time.monotonic() + self._backoff
             self._backoff = min(self._backoff * 2, BACKOFF_MOST)
@@ -368,6 +389,7 @@ class Agent:
     def _fail(self, error: Exception) -> float:
         """A sync that could not be carried out: what we know is stale, so look again after a pause; when that ends."""
         self._last_error = str(error)
+        self._figures.error()
         again = self._retry_at = time.monotonic() + self._backoff
         self._backoff = min(self._backoff * 2, BACKOFF_MOST)
         self._log.error("sync", mode=self._reconciler.backend.mode, result="failed", error=printable(str(error)))
@@ -390,6 +412,8 @@ class Agent:
         """What `dataplane status` shows. Times in seconds since the epoch."""
         reconciler = self._reconciler
         last = self._last
+        drains = reconciler.drains
+        self._figures.drains_finished, self._figures.drains_expired = drains.completed, drains.cut_short
         internal, external = reconciler.desired.no_local_endpoints()
         return {
             "schemaVersion": 1,
@@ -411,7 +435,8 @@ class Agent:
             "noLocalEndpoints": {"internal": internal, "external": external},
             "healthChecks": self._health.status(),
             "hits": str(self._looks.counts),
-            "conntrack": {"deleted": self._flows_deleted, "lastError": self._flows_error},
+            "conntrack": {"deleted": self._figures.conntrack_deleted, "lastError": self._flows_error},
+            "figures": self._figures.to_builtins(),
         }
 
     def _tell_status(self) -> bytes:

@@ -21,6 +21,7 @@ COMMANDS = {
     "diff": "programming",
     "show": "looking",
     "counters": "looking",
+    "web": "serving",
     "status": "looking",
     "explain": "explaining",
     "trace": "tracing",

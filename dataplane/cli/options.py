@@ -70,6 +70,17 @@ def _each_of(field: str) -> Callable[[click.Context, click.Parameter, tuple[str,
     return read
 
 
+def metrics_address(_ctx: click.Context, _: click.Parameter, value: str | None) -> str | None:
+    """ADDRESS:PORT of an option, or ""."""
+    from ..configuration import metrics_listen
+
+    try:
+        metrics_listen(value or "")
+    except ValueError as error:
+        raise click.BadParameter(printable(str(error))) from None
+    return value
+
+
 def _timeouts(_ctx: click.Context, _: click.Parameter, value: str | None) -> object:
     from ..configuration import DAY, IpvsTimeouts
 

@@ -18,6 +18,7 @@ from .options import (
     emit,
     kernel_options,
     make_reconciler,
+    metrics_address,
     open_kernel,
     open_source,
     open_switch,
@@ -45,6 +46,17 @@ if TYPE_CHECKING:
     help="Compare everything with the kernel this often; default 30.",
 )
 @click.option(
+    "--metrics-bind-address",
+    metavar="ADDRESS:PORT",
+    callback=metrics_address,
+    help="Where metrics and the page to watch are served; '' for nowhere; default 127.0.0.1:10249.",
+)
+@click.option(
+    "--metrics-max-series",
+    type=click.IntRange(0, 10_000_000),
+    help="Metrics of Services and backends, beyond which those of backends are left out; default 100000.",
+)
+@click.option(
     "--log-format",
     type=click.Choice(("auto", "human", "json")),
     help="auto: human on a terminal, else JSON; default auto.",
@@ -68,7 +80,9 @@ def run(ctx: click.Context, /, config_file: str | None, **given: Any) -> None:
 
     from ..agent import Agent, AgentOptions
     from ..bpf.probe_start import ProbeStart
+    from ..configuration import metrics_listen
     from ..journal import open_journal
+    from ..web_child import WebChild
 
     settings = settle(config_file, given)
     source = open_source(settings)
@@ -87,7 +101,9 @@ def run(ctx: click.Context, /, config_file: str | None, **given: Any) -> None:
             with contextlib.closing(SettledNode(settings)) as node:
                 options = AgentOptions(resync_seconds=settings.resync_seconds)
                 start_probe = ProbeStart if settings.probe == "auto" else None
-                asyncio.run(Agent(reconciler, source, options, log, node, switch, start_probe).run())
+                listen = metrics_listen(settings.metrics_bind_address)
+                web = WebChild(listen, log, settings.metrics_max_series) if listen else None
+                asyncio.run(Agent(reconciler, source, options, log, node, switch, start_probe, web).run())
         finally:
             switch.close()
     finally:
