@@ -8,7 +8,8 @@ Slots are given out in ascending order first and in the order in which they were
 """
 
 from collections.abc import Callable, Collection, Iterator, Set
-from typing import NamedTuple
+from operator import add
+from typing import NamedTuple, cast
 
 from .records import HIT_KEY, HITS_WORD, SLOT, SLOT_WORDS, HitKey, unpack_key
 
@@ -40,7 +41,8 @@ class SlotTable:
         """What the key of a slot had counted before it got this slot."""
         self._last: list[int] = []
         """The counters at the last reading."""
-        self._totals: dict[HitKey, int] = {}
+        self._totals: dict[HitKey | None, int] = {}
+        """By key; under None, for a moment, what slots without a key hold."""
         self._vacant: set[int] = set()
         """Slots before `_end` that may come into use."""
         self._retired: set[Retired] = set()
@@ -60,12 +62,11 @@ class SlotTable:
         self._discover()
         counters = self._words[HITS_WORD : self._end * SLOT_WORDS : SLOT_WORDS].tolist()
         if counters != self._last:
-            keys, before, totals = self._keys, self._before, self._totals
-            for slot, (was, now) in enumerate(zip(self._last, counters, strict=True)):
-                if was != now and (key := keys[slot]) is not None:
-                    totals[key] = before[slot] + now
+            # all at once: to pick those that have changed takes longer, unless they are few
+            self._totals.update(zip(self._keys, map(add, self._before, counters), strict=True))
+            self._totals.pop(None, None)
             self._last = counters
-        found = self._totals.copy()
+        found = cast("dict[HitKey, int]", self._totals.copy())
         for each in self._retired:
             if each.key in found:  # it came back, in another slot
                 found[each.key] += self._counter(each.slot)
@@ -130,6 +131,6 @@ class SlotTable:
 
     def _forget(self) -> None:
         """Drop the oldest tenth of what is remembered of those that have no slot."""
-        gone = (key for key in self._remembered if key not in self._totals)
-        for key, _ in zip([*gone], range(REMEMBERED // 10), strict=False):
+        gone = [key for key in self._remembered if key not in self._totals]
+        for key in gone[: REMEMBERED // 10]:
             del self._remembered[key]
