@@ -25,7 +25,7 @@ SOURCE = Path(__file__).with_name("probe_body.c")
 IMAGES, TURN = len(Map) + 1, len(Map) + 2
 IMAGE_SIZE = 4096
 _NF_INET_PRE_ROUTING, _NF_INET_LOCAL_OUT = 0, 3
-_BEHIND_DNAT = -99  # NF_IP_PRI_NAT_DST is -100
+_BEHIND_DNAT = -98  # NF_IP_PRI_NAT_DST is -100, and a BPF program shares its number with nobody
 VIP, PORT, BACKEND_PORT = bytes([10, 96, 0, 1]), 80, 8080
 
 
@@ -48,13 +48,18 @@ def behind_dnat(slots: int = 4096) -> Iterator[DnatHits]:
     maps = make_maps(_order(slots))
     code = bpf.with_maps(code, {int(each): fd for each, fd in maps.items()})
     program = bpf.load(bpf.NETFILTER, code, "behind_dnat", bpf.NETFILTER_HOOK)
-    links = tuple(
+    links = link_behind_dnat(program)
+    with DnatHits(Handed((Hook("netfilter", NAT.function, (program,), links),), maps)) as hits:
+        yield hits
+
+
+def link_behind_dnat(program: int) -> tuple[int, ...]:
+    """Put the loaded program at its places in the calling thread's network namespace."""
+    return tuple(
         bpf.attach_netfilter(program, int(family), hook, _BEHIND_DNAT)
         for family in (socket.AF_INET, socket.AF_INET6)
         for hook in (_NF_INET_PRE_ROUTING, _NF_INET_LOCAL_OUT)
     )
-    with DnatHits(Handed((Hook("netfilter", NAT.function, (program,), links),), maps)) as hits:
-        yield hits
 
 
 class Images(NamedTuple):

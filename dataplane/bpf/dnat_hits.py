@@ -177,9 +177,9 @@ class DnatHits:
             self._retiring.append(_Batch(batch, GracePeriod()))
 
     def _reclaim(self) -> None:
+        free = self.maps[Map.FREE]
         while self._retiring and self._retiring[0].grace.over():
-            for each in self._retiring.pop(0).slots:
-                self._table.reclaim(each, lambda slot: bpf.update(self.maps[Map.FREE], b"", ID.pack(slot)))
+            self._table.reclaim(self._retiring.pop(0).slots, lambda slot: bpf.update(free, b"", ID.pack(slot)))
 
     def check(self) -> bool:
         """Renew what a reload of a module has broken. False: a function is there now that has no hook; another
