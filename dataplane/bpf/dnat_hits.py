@@ -103,9 +103,9 @@ class DnatHits:
                 try:
                     bpf.update(self.maps[Map.FRONTENDS], key, FRONTEND_VALUE.pack(1))
                 except bpf.BpfError as error:
+                    del self._expected[key]
                     if error.errno not in (errno.E2BIG, errno.ENOMEM):
                         raise
-                    del self._expected[key]
                     self._unwatched.add(at)
                     continue
             sharers.add(at)
@@ -123,6 +123,8 @@ class DnatHits:
             if not sharers:
                 del self._expected[key]
                 bpf.delete(self.maps[Map.FRONTENDS], key)
+        if self._unwatched:
+            self.expect(tuple(self._unwatched))
 
     @property
     def unwatched(self) -> frozenset[VirtualAddress]:

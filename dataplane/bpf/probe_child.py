@@ -115,6 +115,8 @@ def _macros(kind: str, parts: Iterable[dict[str, int]]) -> dict[str, int]:
 def main(arguments: list[str]) -> int:
     """0: something was handed over, and be it a reason."""
     order = Order(**json.loads(arguments[0]))
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])  # what the parent blocks is blocked here, too
     signal.alarm(order.seconds)
     with socket.socket(fileno=order.socket) as sock:
         try:
