@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from . import changes, daemon, iptables_programming, kinds, looking, nft_programming, programming
+from . import changes, daemon, iptables_programming, kinds, looking, nft_programming, programming, top
 from .isolation import RunFailed, isolated
 from .programming import family_id
 from .records import Key, Records, Target, metadata, table
@@ -194,6 +194,15 @@ def measure_kinds(settings: Settings, records: Records) -> None:
                     records.fail(f"kinds, {mode}, {size}, {kind.name}: {error}")
 
 
+def measure_top(settings: Settings, records: Records) -> None:
+    """A look on the screen of `dataplane top`."""
+    for size in settings.sizes:
+        say(f"top: {size} Services")
+        for part, values in top.run(size).items():
+            for value in values:
+                records.add(Key("top", size, "", part), value)
+
+
 _QUADRATIC = 3000
 """Services beyond which the tool takes minutes for one section."""
 
@@ -220,6 +229,7 @@ CASES: dict[str, Callable[[Settings, Records], None]] = {
     "nftables": measure_nftables,
     "iptables": measure_iptables,
     "kinds": measure_kinds,
+    "top": measure_top,
 }
 
 

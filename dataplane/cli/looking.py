@@ -20,7 +20,7 @@ TOOLS = ("ipvsadm", "ipvsadm-save", "nft", "iptables")
 """Forms that are a tool's own language: everything, and nothing of ours added."""
 
 
-def _complete_services(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[str]:
+def complete_services(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[str]:
     """Names from the kernel for the shell, of the mode that is named or of those that are there.
 
     In half a second or not at all, and never a word of complaint.
@@ -48,7 +48,7 @@ def _complete_services(ctx: click.Context, _: click.Parameter, incomplete: str) 
 
 
 @click.command(short_help="Show what the kernel holds, with names.")
-@click.argument("services", nargs=-1, metavar="[SERVICE|VIP]...", shell_complete=_complete_services)
+@click.argument("services", nargs=-1, metavar="[SERVICE|VIP]...", shell_complete=complete_services)
 @common_options
 @output_option("table", "wide", "json", "yaml", "jsonl", "name", *TOOLS)
 @click.option("--all", "everything", is_flag=True, help="Also what somebody else programmed.")
@@ -129,7 +129,7 @@ def _shown(look: "Look", services: Sequence[str], output: str, *, headers: bool)
 
 
 @click.command(short_help="Count new connections per backend, live.")
-@click.argument("services", nargs=-1, metavar="[SERVICE|VIP]...", shell_complete=_complete_services)
+@click.argument("services", nargs=-1, metavar="[SERVICE|VIP]...", shell_complete=complete_services)
 @common_options
 @output_option("table", "wide", "json", "jsonl", "yaml")
 @watch_options
