@@ -15,6 +15,8 @@ from .drain import DrainKey
 from .errors import KernelError, UsageError
 from .model import Address, Network, RealServer, VirtualAddress, VirtualServer
 from .plan import Plan, State
+from .sightings import Look, Witness
+from .walk import Remembered, Situation, Stage, Walk
 
 
 class Options(Struct, frozen=True):
@@ -97,6 +99,8 @@ class Backend(Protocol):
 
     remembers_counts: bool
     """What a real server that is gone had counted is counted on when it comes back, as long as the process lives."""
+    picks: str
+    """How an endpoint is chosen in this mode, in the words of a scheduler; "" = as the virtual server says."""
 
     def express(self, server: VirtualServer) -> VirtualServer:
         """The server as this mode can hold it; what it has no way to say takes its default, so that states compare."""
@@ -143,6 +147,18 @@ class Backend(Protocol):
 
     def report(self) -> Iterator[ServerReport]:
         """Everything the mode's mechanism holds, also what is not ours, with counters."""
+
+    def situation(self) -> Situation:
+        """What a packet meets now, by what the kernel holds, also how its rules tell clients. Never writes."""
+
+    def remembered(self, server: VirtualServer, client: Address) -> Remembered | None:
+        """The endpoint that the kernel keeps for a client of a virtual server with affinity."""
+
+    def objects(self, walked: Walk) -> dict[Stage, tuple[str, ...]]:
+        """The objects of the mode (rules, elements, servers) that decide on a walk through `situation`, by stage."""
+
+    def watch(self, wanted: Look) -> Witness:
+        """Look at real connections to one virtual address, by the best witness this mode has here; close it."""
 
     def monitors(self) -> tuple[int, ...]:
         """Descriptors that become readable when somebody changes something near ours."""

@@ -6,7 +6,7 @@ server keeps the sum.
 """
 
 from collections.abc import Collection, Iterable, Mapping
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from .model import Address, VirtualAddress
 
@@ -88,8 +88,8 @@ class Probe(Protocol):
     def forget(self, addresses: Iterable[VirtualAddress]) -> None:
         """No longer."""
 
-    def read(self) -> Mapping[Way, int]:
-        """Hits by the way they took."""
+    def read(self) -> Mapping[Any, int]:
+        """Hits by the Way they took."""
 
     def missed(self) -> dict[str, int]:
         """Hits that could not be counted, by reason."""
@@ -97,8 +97,8 @@ class Probe(Protocol):
     def counts(self, mode: str) -> bool:
         """Whether what this mode translates is counted."""
 
-    def retire(self, keep: Collection[Way]) -> None:
-        """Give the room of all others back."""
+    def retire(self, keep: Collection[Any]) -> None:
+        """Give the room of all Ways but these back."""
 
     def check(self) -> bool:
         """Attach again where a module has been loaded anew. False: it takes another probe to do that."""

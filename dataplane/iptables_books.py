@@ -60,6 +60,10 @@ class Books:
         for members in self.groups.values():
             yield arrange(self.form, (self.held[at] for at in members))
 
+    def mates(self, server: VirtualServer) -> list[VirtualServer]:
+        """The servers that share chains with one of ours, itself among them."""
+        return [self.held[at] for at in self.groups.get(group_of(self.form, server), ())]
+
     def _put(self, server: VirtualServer) -> None:
         at = server.at
         self.held[at] = server

@@ -23,15 +23,21 @@ from .backend import NO_SETTINGS, Options, Outcome, RealCounters, ServerReport, 
 from .drain import DrainKey
 from .errors import KernelError, PreflightError, ToolError
 from .iptables_books import Books
-from .iptables_chains import express
+from .iptables_chains import arrange, express
+from .iptables_path import objects
 from .iptables_save import Table, same_rule, same_rules
 from .iptables_script import Script, Wanted
 from .iptables_text import JUMPS, MARKER, Form, chain_name, fixed, form_of, marker
-from .model import Address, Family, VirtualAddress, VirtualServer, family_of
+from .model import Address, Family, Kind, VirtualAddress, VirtualServer, family_of
+from .netlink_conntrack import NewConnections
+from .netlink_trace import PacketTrace
 from .plan import Plan, State
+from .procfs_recent import recall
 from .procfs_sysctl import Change, apply, check, restore, running_kernel
 from .procfs_sysctl import Wanted as WantedSysctl
 from .run_iptables import Tools, has_legacy_tables
+from .sightings import Look, Witness
+from .walk import Detection, Remembered, Situation, Stage, Walk
 
 CULPRITS = 32
 """Refused objects that one commit looks for; what is left then fails with them and is tried again."""
@@ -91,6 +97,7 @@ class IptablesBackend:
     drains = False
     shares_affinity = True
     remembers_counts = False
+    picks = SCHEDULER
 
     def __init__(self, options: Options, clock: Callable[[], float] = time.monotonic, *, alone: bool = False) -> None:
         self._alone = alone
@@ -261,6 +268,46 @@ class IptablesBackend:
                 shown = server if at in books.damage else msgspec.structs.replace(server, scheduler=SCHEDULER)
                 yield ServerReport(shown, 0, known, rows, True)
 
+    def situation(self) -> Situation:
+        """As the rules say, read in the form in which their marker says they were written."""
+        flaws = []
+        for family, tools in self._tools.items():
+            tables = tools.save()
+            # `explain` is not told how the rules were written; they say it
+            form = form_of(tables.get("nat", Table()).chains.get(MARKER, ()))
+            books = self._books[family] = self._read(family, tables, form=form)
+            if books.held and self._flaws(family, tables, books, form):
+                flaws.append(f"fixed chains and jumps of {tools.prefix} are not as this version writes them")
+        held = {at: server for books in self._books.values() for at, server in books.held.items()}
+        forms = [books.form for books in self._books.values() if books.held] or [self._form]
+        return Situation(
+            {at: msgspec.structs.replace(server, scheduler=SCHEDULER) for at, server in held.items()},
+            {at.address for at, server in held.items() if server.kind is Kind.CLUSTER_IP},
+            None,
+            _detection(forms[0]),
+            flaws=tuple(flaws),
+        )
+
+    def remembered(self, server: VirtualServer, client: Address) -> Remembered | None:
+        """By the `recent` lists of the endpoints' chains, which all addresses of a Service port share."""
+        books = self._book(server.at)
+        site = next((one for one in arrange(books.form, books.mates(server)) if one.any.at[:3] == server.at[:3]), None)
+        for real in server.real_servers if site else ():
+            age = recall(chain_name("SEP", f"{site.seed}{real}"), client) if site and real.weight else None
+            if age is not None and age < server.persistence:
+                return Remembered(real.address, real.port, round(server.persistence - age) if age >= 0 else None)
+        return None
+
+    def objects(self, walked: Walk) -> dict[Stage, tuple[str, ...]]:
+        """Rules by table and chain."""
+        books = self._book(walked.question.at)
+        server = walked.outer or walked.server
+        return objects(walked, books.form, books.mates(server) if server else ())
+
+    def watch(self, wanted: Look) -> Witness:
+        """By nftrace, which knows of iptables-nft's rules; legacy tables are none of nf_tables': by conntrack."""
+        return PacketTrace(wanted) if self.flavour == "nft" else NewConnections(wanted)
+
     def monitors(self) -> tuple[int, ...]:
         """None: legacy tables tell nobody of changes; the agent's timer looks."""
         return ()
@@ -307,9 +354,9 @@ class IptablesBackend:
                 "stop kube-proxy on this node and run kube-proxy --cleanup",
             )
 
-    def _flaws(self, family: Family, tables: Mapping[str, Table], books: Books) -> str:
+    def _flaws(self, family: Family, tables: Mapping[str, Table], books: Books, form: Form | None = None) -> str:
         """The restore text that mends the fixed parts, and leaves alone what is as it should be."""
-        form = self._form
+        form = form or self._form
         settings = (self._before or _settings(tables)) if family is Family.IPV4 else {}
         wanted = fixed(form, family, fully_random=self._fully_random)
         # the marker comes before any other chain: whatever happens next, these chains are known to be ours
@@ -489,6 +536,11 @@ def _told_once(books: Books, hits: Mapping[str, int]) -> dict[VirtualAddress, di
                         told.add(name)
                         mine[real.address, real.port] = hits.get(name, 0)
     return counts
+
+
+def _detection(form: Form) -> Detection:
+    """How rules of a form tell clients."""
+    return Detection(form.everyone, form.clusters, form.bridge, form.prefix, form.services)
 
 
 def _settings(tables: Mapping[str, Table]) -> dict[str, int]:

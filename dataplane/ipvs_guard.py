@@ -26,6 +26,7 @@ from .nft_skeleton import StaticTable, render
 from .nftables_messages import owner_comment as owner_comment
 from .nftables_messages import read_owner
 from .nlattr import u32, u32_bytes
+from .walk import Detection
 
 TABLE = "dataplane-ipvs"
 DELIVERED, DELIVERED_MASK = 0xDA60_0000, 0xFFF0_0000
@@ -99,6 +100,11 @@ class Guard:
     def intact(self) -> bool:
         """Whether sets, chains and rules are exactly what this version writes for these options. Starts no process."""
         return self._table.exists() and self._table.matches(self._table.read()[0])
+
+    def written_with(self, detection: Detection) -> bool:
+        """Whether sets, chains and rules are exactly what this version writes for other options."""
+        table = StaticTable(self._sock, TABLE, text(Clients.of(detection)), lambda name: False)
+        return table.exists() and table.matches(table.read()[0])
 
     def ensure(self) -> bool:
         """Write the rules unless they are intact; True if something was written. Elements stay where they can."""

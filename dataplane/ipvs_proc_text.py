@@ -5,9 +5,11 @@ asking for ten thousand servers one by one. Like the netlink dumps it may be tor
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import NamedTuple
 
-from .model import Forwarding, Protocol, RealServer, ServerFlags, VirtualAddress, VirtualServer
+from .model import Address, Forwarding, Protocol, RealServer, ServerFlags, VirtualAddress, VirtualServer
+from .walk import Remembered
 
 _FORWARDING = {
     Forwarding.MASQ: "Masq",
@@ -108,3 +110,58 @@ def differing(
         ):
             found.add(at)
     return found
+
+
+def remembered(text: str, server: VirtualServer, client: Address) -> Remembered | None:
+    """The template of a client in /proc/net/ip_vs_conn (ip_vs_conn.c: ip_vs_conn_seq_show): its port is 0."""
+    prefix = server.persistence_prefix
+    width = 8 * len(client)
+    masked = (int.from_bytes(client) >> (width - prefix) << (width - prefix)).to_bytes(width // 8)
+    for each in connections(text):
+        here = (each.protocol, each.virtual_address, each.virtual_port) == (
+            server.at.protocol,
+            server.at.address,
+            server.at.port,
+        )
+        if here and each.client_port == 0 and each.client == masked:
+            return Remembered(each.real_address, each.real_port, each.seconds_left)
+    return None
+
+
+class Connection(NamedTuple):
+    """One line of /proc/net/ip_vs_conn; client port 0: a template, which remembers a client."""
+
+    protocol: int
+    client: Address
+    client_port: int
+    virtual_address: Address
+    virtual_port: int
+    real_address: Address
+    real_port: int
+    state: str
+    seconds_left: int
+
+
+def connections(text: str) -> Iterator[Connection]:
+    """What /proc/net/ip_vs_conn lists."""
+    for line in text.splitlines()[1:]:
+        words = line.split()
+        if len(words) < 9 or words[0] not in Protocol.__members__:
+            continue
+        client, client_port, vip, port, real, real_port = words[1:7]
+        yield Connection(
+            Protocol[words[0]],
+            _packed(client),
+            int(client_port, 16),
+            _packed(vip),
+            int(port, 16),
+            _packed(real),
+            int(real_port, 16),
+            words[7],
+            int(words[8]),
+        )
+
+
+def _packed(text: str) -> Address:
+    """`0A0001AF`, or `[fd00:0000:…:0001]`."""
+    return Address(bytes.fromhex(text.strip("[]").replace(":", "")))

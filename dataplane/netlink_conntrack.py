@@ -35,10 +35,12 @@ from .nlattr import (
     u8,
     u32,
 )
+from .sightings import Look, Sighting, seen
 from .staleness import Place, Right
 
 SUBSYSTEM = 1  # NFNL_SUBSYS_CTNETLINK
-GET, DELETE = 1, 2  # IPCTNL_MSG_CT_*
+NEW, GET, DELETE = 0, 1, 2  # IPCTNL_MSG_CT_*
+NEW_GROUP = 1  # NFNLGRP_CONNTRACK_NEW
 BODY = HEADER.size + NFGENMSG.size
 FILTER_DESTINATION = 1 << 1  # CTA_FILTER_F_* (nf_conntrack_netlink.c): address, protocol number, destination port
 FILTER_PROTOCOL = 1 << 3
@@ -280,3 +282,59 @@ class _Reader:
         entry = EntryAttrs.decode(buffer, start + BODY, stop)
         zones = (entry.get("zone", 0), entry["original"].get("zone", 0), entry["reply"].get("zone", 0))
         return not any(zones) and "id" in entry
+
+
+class NewConnections:
+    """`sightings.Witness` by conntrack's news of entries: each with both of its directions."""
+
+    name = "conntrack events (conntrack -E -e NEW)"
+
+    def __init__(self, wanted: Look) -> None:
+        self.blind = "connections that are refused or dropped: conntrack has no entry for these"
+        self._wanted = wanted
+        self._sock = NetlinkSocket(NETLINK_NETFILTER, groups=(NEW_GROUP,))
+
+    def fileno(self) -> int:
+        """Readable when the kernel tells of an entry."""
+        return self._sock.fileno()
+
+    def read(self) -> list[Sighting]:
+        """What has come since the last call."""
+        notes, lost = self._sock.notifications()
+        if lost:
+            self.blind = "the kernel had more to tell than was read in time: some connections are missing"
+        return [sighting for note in notes if (sighting := new_connection(note, self._wanted))]
+
+    def finish(self) -> list[Sighting]:
+        """Nothing is ever half seen."""
+        return []
+
+    def close(self) -> None:
+        """Give the descriptor back: nothing else was needed."""
+        self._sock.close()
+
+
+def new_connection(note: bytes, wanted: Look) -> Sighting | None:
+    """The connection that an event tells of, if it is one of those."""
+    if HEADER.unpack_from(note)[1] != SUBSYSTEM << 8 | NEW:
+        return None
+    entry = EntryAttrs.decode(note, BODY)
+    original, reply = entry.get("original", {}), entry.get("reply", {})
+    if entry.get("zone") or original.get("zone") or reply.get("zone"):
+        return None  # somebody else's
+    ports, answers = original.get("ports", {}), reply.get("ports", {})
+    there, back = original.get("ip", {}), reply.get("ip", {})
+    which = "v4" if "v4_source" in there else "v6"
+    client, asked = there.get(f"{which}_source"), there.get(f"{which}_destination")
+    real, to = back.get(f"{which}_source"), back.get(f"{which}_destination")
+    if None in (client, asked, real, to):
+        return None
+    if not wanted.fits(ports.get("number", 0), client, asked, ports.get("destination", 0)):
+        return None
+    return seen(
+        ports["number"],
+        (client, ports.get("source", 0)),
+        (asked, ports["destination"]),
+        (real, answers.get("source", 0)),
+        to,
+    )

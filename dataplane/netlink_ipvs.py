@@ -56,7 +56,9 @@ from .ipvs_messages import (
     decode_server,
     name_message,
 )
+from .ipvs_path import objects
 from .model import Address, Masquerade, NoServers, VirtualAddress, VirtualServer, format_endpoint
+from .netlink_conntrack import NewConnections
 from .netlink_delivery import MarkedDelivery
 from .netlink_nftables import GROUP as NFTABLES_GROUP
 from .netlink_nftables import foreign_touches
@@ -72,12 +74,16 @@ from .netlink_socket import (
     kernel_error,
     resolve_family,
 )
-from .nft_clients import Clients
+from .nft_clients import Clients, read_detection
 from .nftables_messages import INET
 from .plan import Change as ServerChange
 from .plan import Plan, State
+from .procfs_ipvs import ConnectionTable, read_connections
 from .procfs_sysctl import IPVS_SYSCTLS, STRICT_ARP_SYSCTLS, Change, apply, check, restore, running_kernel
+from .procfs_sysctl import read as read_sysctl
 from .run_tool import run_tool
+from .sightings import Look, Witness
+from .walk import Detection, Remembered, Situation, Stage, Walk
 
 PROC_TABLE = Path("/proc/thread-self/net/ip_vs")  # of the calling thread's network namespace
 MODULES = ("ip_vs", "ip_vs_rr", "nf_conntrack", "dummy")
@@ -205,6 +211,7 @@ class IpvsBackend:
     drains = True
     shares_affinity = False
     remembers_counts = False
+    picks = ""
 
     def __init__(self, options: Options) -> None:
         self._options = options
@@ -215,6 +222,8 @@ class IpvsBackend:
             options.interface_prefix,
             options.service_cidrs,
         )
+        self._detection: Detection = clients
+        """How the guard's rules tell clients: these options say, until the kernel's rules have been read."""
         self._route = NetlinkSocket(NETLINK_ROUTE)
         self._netfilter = NetlinkSocket(NETLINK_NETFILTER)
         self._genl = NetlinkSocket(NETLINK_GENERIC)
@@ -495,6 +504,39 @@ class IpvsBackend:
         """(version code, size of the connection table) of the kernel's IPVS."""
         values = InfoAttrs.decode(self._genl.get(self._encoder.command(GET_INFO), "get", "IPVS info"), DATA)
         return values["version"], values["conn_tab_size"]
+
+    def situation(self) -> Situation:
+        """As IPVS and the guard's sets say, and the guard's rules, which may have been written with other options."""
+        try:
+            state = self.observe()
+        except PreflightError:
+            state = State()  # no IPVS in this kernel, so no servers
+        flaws = []
+        if self.guard.exists():
+            self._detection = read_detection(run_tool(["nft", "-t", "list", "table", "inet", TABLE]))
+            if not self.guard.written_with(self._detection):
+                flaws.append(f"the rules of table inet {TABLE} are not as this version writes them")
+        if state.servers and not self.vips.exists():
+            flaws.append("what binds the cluster IPs to this node is not there")
+        if self.delivers and not self.delivery.exists():
+            flaws.append(
+                "the routing rules (ip rule 86 to 88) that deliver packets to external addresses are not there"
+            )
+        return Situation(state.servers, state.vips, state.hairpins, self._detection, state.foreign, tuple(flaws))
+
+    def remembered(self, server: VirtualServer, client: Address) -> Remembered | None:
+        """By IPVS's template for the client; each virtual server has its own."""
+        return ipvs_proc_text.remembered(read_connections(), server, client)
+
+    def objects(self, walked: Walk) -> dict[Stage, tuple[str, ...]]:
+        """Sets of the guard table, and servers as ipvsadm writes them."""
+        device = "kube-ipvs0" if self._options.vip_binding == "device" else "the local routing table"
+        return objects(walked, self.marks.of, self._detection, device)
+
+    def watch(self, wanted: Look) -> Witness:
+        """By conntrack, which IPVS tells of the real server if it is to (vs.conntrack); else by IPVS's own table."""
+        known = read_sysctl("net.ipv4.vs.conntrack") == 1
+        return NewConnections(wanted) if known else ConnectionTable(wanted)
 
     def monitors(self) -> tuple[int, ...]:
         """Sockets on which the kernel tells of link, address, route and nftables changes."""

@@ -1,7 +1,7 @@
 """This node's own addresses, and word of their coming and going (rtnetlink): node ports are served on them."""
 
 from .model import Address
-from .netlink_route import ADDRESS_GROUPS, DEVICE, addressed_link, link_by_name, node_addresses
+from .netlink_route import ADDRESS_GROUPS, DEVICE, Way, addressed_link, link_by_name, node_addresses, way_to
 from .netlink_socket import NETLINK_ROUTE, NetlinkSocket
 
 
@@ -15,6 +15,10 @@ class NodeAddresses:
     def read(self) -> tuple[Address, ...]:
         """What they are now, in the kernel's order."""
         return node_addresses(self._sock)
+
+    def way_to(self, address: Address) -> Way | None:
+        """Where a packet of this node's own for an address goes; None when there is no route."""
+        return way_to(self._sock, address)
 
     def fileno(self) -> int:
         """A descriptor that becomes readable when an address has come or gone."""

@@ -86,6 +86,7 @@ class RouteAttrs(NlAttrs):
 
     destination = attr(1, blob)
     out_interface = attr(4, u32)
+    preferred_source = attr(7, blob)
     table = attr(15, u32)
 
 
@@ -453,6 +454,32 @@ def addresses_by_link(sock: NetlinkSocket, except_of: Sequence[str] = (DEVICE,))
         if name not in except_of:
             found[address] = tuple(sorted((*found.get(address, ()), name)))
     return found
+
+
+class Way(NamedTuple):
+    """Where this node sends what is for an address. `local`: to itself; `source`: the address it takes for its own."""
+
+    local: bool
+    interface: str
+    source: Address | None
+
+
+def way_to(sock: NetlinkSocket, address: Address) -> Way | None:
+    """The way of a packet of this node's own; None when there is no route."""
+    family, width = (Family.IPV4, 32) if len(address) == 4 else (Family.IPV6, 128)
+    asked = RTMSG.pack(family, width, 0, 0, 0, 0, 0, 0, 0) + RouteAttrs.encode(destination=address)
+    try:
+        answer = sock.get(message(RTM_GETROUTE, NLM_F_REQUEST, asked), "look up a route to", format_address(address))
+    except KernelError as error:
+        if error.errno in (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EACCES, errno.EINVAL, errno.EAFNOSUPPORT):
+            return None
+        raise
+    kind = RTMSG.unpack_from(answer, HEADER.size)[7]
+    values = RouteAttrs.decode(answer, HEADER.size + RTMSG.size)
+    source = values.get("preferred_source", b"")
+    links = read_links(sock)
+    interface = links[values["out_interface"]].name if values.get("out_interface") in links else ""
+    return Way(kind == RTN_LOCAL, interface, Address(source) if len(source) == len(address) else None)
 
 
 ADDRESS_GROUPS = (5, 9)

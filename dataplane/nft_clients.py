@@ -6,26 +6,22 @@ table of ipvs mode.
 
 import re
 
-from msgspec import Struct
+from msgspec.structs import astuple
 
-from .model import Network, disjoint
+from .model import Network, disjoint, parse_network
+from .walk import Detection
 
 _INTERFACE = re.compile(r"[A-Za-z0-9_.-]{1,15}")
 _WORDS = (("ip", 4, 4), ("ip6", 6, 16))
 
 
-class Clients(Struct, frozen=True):
-    """Whom `Masquerade.DETECT` masquerades: everyone, else clients that are not inside by CIDR or by interface; with
-    none of these set, nobody but the node's own processes."""
+class Clients(Detection, frozen=True):
+    """Detection, as rules."""
 
-    masquerade_all: bool = False
-    cluster_cidrs: tuple[Network, ...] = ()
-    bridge_interface: str = ""
-    """Clients behind it are inside (kube-proxy's detect-local BridgeInterface)."""
-    interface_prefix: str = ""
-    """Clients behind interfaces that begin so are inside (InterfaceNamePrefix)."""
-    service_cidrs: tuple[Network, ...] = ()
-    """Where cluster IPs come from."""
+    @classmethod
+    def of(cls, detection: Detection) -> "Clients":
+        """The same as rules."""
+        return cls(*astuple(detection))
 
     def rules(self) -> dict[str, list[str]]:
         """The rules by the word that they stand for."""
@@ -39,10 +35,12 @@ class Clients(Struct, frozen=True):
         """@options@: masquerade clients of a cluster IP."""
         if self.masquerade_all:
             return ['masquerade fully-random comment "everyone (masquerade all)"']
-        tests = []
-        for word, _, width in _WORDS:
-            tests.append(" ".join(f"{word} saddr != {cidr}" for cidr in self._cidrs(width)))
-        tests += [f"iifname != {pattern}" for pattern in self._interfaces()]
+        # whoever is inside in one way is inside
+        interfaces = [f"iifname != {pattern}" for pattern in self._interfaces()]
+        ranges = {family: [f"{word} saddr != {cidr}" for cidr in self._cidrs(w)] for word, family, w in _WORDS}
+        if any(ranges.values()) and interfaces:
+            ranges = {family: some or [f"meta nfproto ipv{family}"] for family, some in ranges.items()}
+        tests = [" ".join([*some, *interfaces]) for some in ranges.values() if some] or [" ".join(interfaces)]
         return [f'{test} masquerade fully-random comment "a client from outside"' for test in tests if test]
 
     def _insiders(self, word: str, family: int, width: int) -> list[str]:
@@ -70,3 +68,30 @@ class Clients(Struct, frozen=True):
                 raise ValueError(f"{name!r} is not an interface name")
             patterns += [f'"{name}{end}"'] if name else []
         return patterns
+
+
+def read_detection(listing: str) -> Detection:
+    """The reverse: what the rules of a table say that `nft` has listed."""
+    cidrs: dict[str, None] = {}
+    interfaces: dict[str, None] = {}
+    services: dict[str, None] = {}
+    everyone = False
+    for line in map(str.strip, listing.splitlines()):
+        if found := _POD.match(line):
+            if found["range"]:
+                cidrs[found["range"]] = None
+            else:
+                interfaces[found["interface"]] = None
+        elif found := _UNALLOCATED.match(line):
+            services |= dict.fromkeys(each.strip() for each in found["ranges"].strip("{} ").split(","))
+        elif line.startswith("masquerade") and 'comment "everyone (masquerade all)' in line:
+            everyone = True
+    bridge = next((name for name in interfaces if not name.endswith("*")), "")
+    prefix = next((name[:-1] for name in interfaces if name.endswith("*")), "")
+    return Detection(everyone, tuple(map(parse_network, cidrs)), bridge, prefix, tuple(map(parse_network, services)))
+
+
+_POD = re.compile(r'(?:ip6? saddr (?P<range>\S+)|iifname "(?P<interface>[^"]+)") goto lookup_inside[46] comment "a pod')
+_UNALLOCATED = re.compile(
+    r'ct state new ip6? daddr (?P<ranges>\S+|\{.*\}) drop comment "no Service has this cluster IP'
+)

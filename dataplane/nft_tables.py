@@ -26,14 +26,18 @@ from .drain import DrainKey
 from .errors import KernelError, Unanswered
 from .model import Address, VirtualAddress, VirtualServer, between, disjoint, format_address
 from .netlink_socket import HEADER, NETLINK_NETFILTER, NLM_F_ECHO, NetlinkSocket
+from .netlink_trace import PacketTrace
 from .nft_chains import chain_of, needed
-from .nft_clients import Clients
+from .nft_clients import Clients, read_detection
 from .nft_layout import NOTHING, TABLE, Difference, Entry, Homes, Target
+from .nft_path import objects
 from .nft_skeleton import StaticTable, render
 from .nlattr import u32_bytes
 from .plan import Plan, State
 from .procfs_sysctl import Change, Wanted, apply, check, restore, running_kernel
 from .run_tool import run_tool
+from .sightings import Look, Witness
+from .walk import Detection, Remembered, Situation, Stage, Walk
 
 SYSCTLS = (Wanted("net.ipv4.ip_forward", 1, "packets to a Service leave for endpoints on other machines"),)
 _TEXT = Path(__file__).with_suffix(".nft")
@@ -98,6 +102,7 @@ class NftablesBackend:
     drains = False
     shares_affinity = True
     remembers_counts = True
+    picks = lay.SCHEDULER
 
     def __init__(self, options: Options) -> None:
         clients = Clients(
@@ -107,9 +112,11 @@ class NftablesBackend:
             options.interface_prefix,
             options.service_cidrs,
         )
+        self._detection: Detection = clients
+        """How the rules tell clients: these options say, until the kernel's rules have been read."""
         self._sock = NetlinkSocket(NETLINK_NETFILTER)
         self._text = render(_TEXT.read_text(), clients.rules())
-        self._table = StaticTable(self._sock, TABLE, self._text, lambda name: chain_of(name) is not None)
+        self._table = StaticTable(self._sock, TABLE, self._text, self._made_later)
         self._monitor: NetlinkSocket | None = None
         self._touched = False
         self._entries: dict[VirtualAddress, Entry] = {}
@@ -273,6 +280,43 @@ class NftablesBackend:
             )
             yield ServerReport(server, 0, sum(counts.values()), rows, True)
 
+    def situation(self) -> Situation:
+        """As the elements say, and the rules: those in the kernel may have been written with other options."""
+        state = self.observe()
+        flaws: tuple[str, ...] = ()
+        if self._table.exists():
+            self._detection = read_detection(run_tool(["nft", "-t", "list", "table", "inet", TABLE]))
+            text = render(_TEXT.read_text(), Clients.of(self._detection).rules())
+            if not StaticTable(self._sock, TABLE, text, self._made_later).matches(self._table.read()[0]):
+                flaws = (f"the rules of table inet {TABLE} are not as this version writes them",)
+        return Situation(state.servers, state.vips, state.hairpins, self._detection, state.foreign, flaws)
+
+    def remembered(self, server: VirtualServer, client: Address) -> Remembered | None:
+        """By `affinity`, which all addresses of a Service port share."""
+        home = self._entries.get(server.at._replace(inside=False), NOTHING).home
+        wire = lay.AFFINITY[len(client)]
+        try:
+            answer = self._sock.get(wire.look_up(wire.key(client, u32_bytes(home))))
+        except KernelError as error:
+            if error.errno != errno.ENOENT:
+                raise
+            return None
+        for each in wire.elements_in(answer):
+            if isinstance(each.data, bytes):
+                number = int.from_bytes(each.data, _NATIVE) | (lay.INSIDE if server.at.inside else 0)
+                target = self._entries.get(server.at, NOTHING).endpoints.get(number)
+                left = None if each.remaining is None else each.remaining // 1000
+                return Remembered(*target, left) if target else None
+        return None
+
+    def objects(self, walked: Walk) -> dict[Stage, tuple[str, ...]]:
+        """Chains of the table, and elements of its sets and maps."""
+        return objects(walked, self._entries, self._detection)
+
+    def watch(self, wanted: Look) -> Witness:
+        """By nftrace: each rule that a packet meets."""
+        return PacketTrace(wanted)
+
     def monitors(self) -> tuple[int, ...]:
         """The socket on which the kernel tells of nftables changes."""
         if self._monitor is None:
@@ -308,6 +352,11 @@ class NftablesBackend:
         self._sock.close()
         if self._monitor is not None:
             self._monitor.close()
+
+    @staticmethod
+    def _made_later(chain: str) -> bool:
+        """Made when a Service first needs it."""
+        return chain_of(chain) is not None
 
     # ------------------------------------------------------------------------------------------------- writing
 

@@ -454,6 +454,10 @@ class SetWire:
         """The request for a dump of all elements."""
         return request(Message.GETSETELEM, self.family, self._where)
 
+    def look_up(self, key: bytes) -> bytes:
+        """The request for one element by its key; the answer is a NEWSETELEM, or ENOENT."""
+        return self._message(Message.GETSETELEM, key, 0)
+
     def elements_in(self, answer: bytes) -> list[Element]:
         """The elements in one NEWSETELEM message of the kernel's."""
         found: list[Element] = []

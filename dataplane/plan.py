@@ -201,7 +201,8 @@ def diff(
         if old is not None and new is not None:
             if old is new or old == new:
                 continue  # the common case of a full look; what both need cancels out
-            if differing := compare(old, new):
+            differing = compare(old, new)
+            if differing or differing.hairpins:  # where a real server runs is nothing to do, but has to be known
                 change.append(differing)
             _count_hairpins(hairpins, old, -1)
             _count_hairpins(hairpins, new, +1)

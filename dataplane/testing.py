@@ -15,6 +15,8 @@ from .drain import DrainKey
 from .errors import KernelError, Unanswered
 from .model import Address, VirtualAddress, VirtualServer
 from .plan import Plan, State
+from .sightings import Look, Sighting, Witness
+from .walk import Detection, Remembered, Situation, Stage, Walk
 
 
 class FakeTransaction(Struct, frozen=True):
@@ -30,12 +32,40 @@ class FakeTransaction(Struct, frozen=True):
         return "".join(line + "\n" for line in lines)
 
 
+class FakeWitness:
+    """`sightings.Witness` that sees one connection at each look."""
+
+    name = "a fake"
+    blind = ""
+
+    def __init__(self, sightings: list[Sighting]) -> None:
+        self._left = sightings
+        self.closed = False
+
+    def fileno(self) -> int:
+        """Contract."""
+        return -1
+
+    def read(self) -> list[Sighting]:
+        """Contract."""
+        return [self._left.pop(0)] if self._left else []
+
+    def finish(self) -> list[Sighting]:
+        """Contract."""
+        return []
+
+    def close(self) -> None:
+        """Contract."""
+        self.closed = True
+
+
 class FakeBackend:
     """`backend.Backend` in memory. Immutable values in, immutable values out."""
 
     mode = "fake"
     shares_affinity = True
     remembers_counts = False
+    picks = ""
 
     def __init__(self, *, drains: bool = False) -> None:
         self.drains = drains
@@ -54,6 +84,11 @@ class FakeBackend:
         self.kept: dict[DrainKey, float] = {}
         self.wants: dict[str, int] = {}
         """Sysctls that the mode wants."""
+        self.detection = Detection()
+        self.clients: dict[tuple[VirtualAddress, Address], Remembered] = {}
+        """Clients that the "kernel" remembers."""
+        self.sightings: list[Sighting] = []
+        """Connections that `watch` sees."""
         self.sysctls: dict[str, int] = {}
         """Those of the "kernel", which several fakes may share."""
         self.noted: dict[str, int] = {}
@@ -144,6 +179,24 @@ class FakeBackend:
                 (r, RealCounters(self.connections.get((at, r.address, r.port), 0), 0, 0)) for r in server.real_servers
             )
             yield ServerReport(server, 0, 0, rows, at not in self.foreign)
+
+    def situation(self) -> Situation:
+        """Contract."""
+        state = self.observe()
+        return Situation(state.servers, state.vips, state.hairpins, self.detection, state.foreign)
+
+    def remembered(self, server: VirtualServer, client: Address) -> Remembered | None:
+        """Contract."""
+        return self.clients.get((server.at, client))
+
+    def objects(self, walked: Walk) -> dict[Stage, tuple[str, ...]]:
+        """Contract."""
+        named = f"fake server {walked.server.at}" if walked.server else "no fake server"
+        return {Stage.SERVER: (named,)}
+
+    def watch(self, wanted: Look) -> Witness:
+        """Contract."""
+        return FakeWitness([each for each in self.sightings if wanted.source in (None, each.client)])
 
     def monitors(self) -> tuple[int, ...]:
         """Contract."""

@@ -13,7 +13,9 @@ from dataplane.backend import MODES, Backend, Options, open_backend
 from dataplane.model import VirtualServer
 from dataplane.plan import State, diff
 from dataplane.procfs_sysctl import read, write
+from dataplane.sightings import Look
 from dataplane.testing import FakeBackend
+from dataplane.walk import Client, Question, Verdict, walk
 
 from .netns import NetNs
 from .words import at, server, shown
@@ -293,3 +295,34 @@ def test_settings_are_noted_as_an_earlier_mode_found_them_and_left_alone_if_told
     backend.prepare({name: 0})
     backend.remove()
     assert (backend.sysctls[name] if isinstance(backend, FakeBackend) else read(name)) == 0
+
+
+def test_what_it_holds_is_what_a_packet_meets(backend: Backend) -> None:
+    backend.prepare()
+    settle(backend, [WEB, DNS])
+    situation = backend.situation()
+    assert situation.servers.keys() == {server(WEB).at, server(DNS).at}
+    assert not situation.flaws
+    for where, verdict in (
+        (server(WEB).at, Verdict.ENDPOINT),
+        (server(DNS).at, Verdict.ENDPOINT),
+        (at("TCP 10.0.0.1:81"), Verdict.REFUSED),
+        (at("TCP 10.0.0.77:80"), Verdict.NOT_OURS),
+    ):
+        walked = walk(Question(Client(at("TCP 10.9.9.9:1").address), where), situation)
+        assert walked.verdict is verdict, where
+        named = backend.objects(walked)
+        assert any(named.values()), where
+    assert backend.remembered(server(WEB), at("TCP 10.9.9.9:1").address) is None
+
+
+def test_a_look_at_connections_leaves_nothing(backend: Backend) -> None:
+    backend.prepare()
+    settle(backend, [WEB])
+    before = backend.observe().servers
+    witness = backend.watch(Look(server(WEB).at, None, 5))
+    assert witness.name
+    assert witness.read() == witness.finish() == []
+    witness.close()
+    assert backend.observe().servers == before
+    assert backend.intact()

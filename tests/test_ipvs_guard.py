@@ -84,6 +84,11 @@ def test_options_become_rules() -> None:
         'iifname != "cali*" masquerade fully-random comment "a client from outside"'
     ]
     assert Clients(bridge_interface="br0").masquerade()[0].startswith('iifname != "br0" masquerade')
+    several = Clients(cluster_cidrs=CIDRS[:1], bridge_interface="br0", interface_prefix="cali").masquerade()
+    assert [rule.partition(" masquerade")[0] for rule in several] == [
+        f'ip saddr != {CIDRS[0]} iifname != "br0" iifname != "cali*"',
+        'meta nfproto ipv6 iifname != "br0" iifname != "cali*"',
+    ]
     assert len(Clients(masquerade_all=True, cluster_cidrs=CIDRS).masquerade()) == 1
     assert Clients().masquerade() == []
 

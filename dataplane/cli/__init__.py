@@ -23,6 +23,8 @@ COMMANDS = {
     "counters": "looking",
     "top": "top",
     "status": "looking",
+    "explain": "explaining",
+    "trace": "tracing",
     "check": "upkeep",
     "doctor": "upkeep",
     "cleanup": "upkeep",
@@ -35,7 +37,7 @@ COMMANDS = {
 EPILOG = """\b
 Exit status:
   0  ok
-  1  failed: the kernel or a tool refused something
+  1  failed: the kernel or a tool refused something; explain: it leads nowhere; trace: nothing was seen
   2  usage: the command line is wrong
   3  bad input: named objects or files were skipped, the rest was done
   4  diff found differences

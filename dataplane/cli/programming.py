@@ -67,6 +67,7 @@ def run(ctx: click.Context, /, config_file: str | None, **given: Any) -> None:
     import asyncio
 
     from ..agent import Agent, AgentOptions
+    from ..bpf.probe_start import ProbeStart
     from ..journal import open_journal
 
     settings = settle(config_file, given)
@@ -85,7 +86,8 @@ def run(ctx: click.Context, /, config_file: str | None, **given: Any) -> None:
         try:
             with contextlib.closing(SettledNode(settings)) as node:
                 options = AgentOptions(resync_seconds=settings.resync_seconds)
-                asyncio.run(Agent(reconciler, source, options, log, node, switch).run())
+                start_probe = ProbeStart if settings.probe == "auto" else None
+                asyncio.run(Agent(reconciler, source, options, log, node, switch, start_probe).run())
         finally:
             switch.close()
     finally:

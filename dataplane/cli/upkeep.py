@@ -68,7 +68,22 @@ def cleanup(config_file: str | None, everything: bool, dry_run: bool, force: boo
                 click.echo(f"{mode}: {line}")
             if not any(told):
                 click.echo(f"{mode}: nothing of ours is there")
+    for table in _killed_traces(dry_run):
+        click.echo(f"trace: {'leftover' if dry_run else 'removed'} table {table}")
     return 0
+
+
+def _killed_traces(dry_run: bool) -> list[str]:
+    """Tables that a killed `trace` has left."""
+    import contextlib
+
+    from ..errors import KernelError, NotRoot
+    from ..netlink_socket import NETLINK_NETFILTER, NetlinkSocket
+    from ..netlink_trace import leftovers, remove_leftovers
+
+    with contextlib.suppress(KernelError, NotRoot), NetlinkSocket(NETLINK_NETFILTER) as sock:
+        return leftovers(sock) if dry_run else remove_leftovers(sock)
+    return []
 
 
 def _needed_elsewhere(settings: "Configuration", modes: Collection[str]) -> set[str]:

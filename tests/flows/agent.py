@@ -60,6 +60,37 @@ class HealthServer:
             raise NotProgrammed(f"health checks: {troubles}")
 
 
+def configuration_of(case: Case, mode: str, compat: str = "current", tool: str = "") -> Configuration:
+    """What the administrator of a case's node would write. Whatever external IPs a case has are allowed."""
+    config = case.config
+    main = {":" in text: text for text in reversed(case.node.ips)}  # the first of each family
+    written = {
+        "mode": mode,
+        "nodeName": case.node.name,
+        "zone": config.zone,
+        "drainSeconds": 0,
+        "masqueradeAll": config.masquerade_all,
+        "clusterCIDRs": list(map(str, case.node.cluster_cidrs)) if config.detect_local == "ClusterCIDR" else [],
+        "serviceCIDRs": config.service_cidrs,
+        "nodeIPs": list(main.values()),
+        "nodePortAddresses": config.nodeport_addresses,
+        "externalIPRanges": EVERYWHERE,
+        "iptablesCompat": compat,
+        "iptablesTool": tool or "auto",
+        "allowMassDelete": True,
+    }
+    return msgspec.convert(written, Configuration)
+
+
+def write_objects(case: Case, folder: Path) -> Path:
+    """A case's objects as a manifest file, put in place at once."""
+    items = [*case.objects.services, *case.objects.endpointslices]
+    draft, file = folder / ".draft", folder / "objects.json"
+    draft.write_text(json.dumps({"apiVersion": "v1", "kind": "List", "items": items}))
+    draft.rename(file)
+    return file
+
+
 class CaseAgent:
     """One agent for many cases."""
 
@@ -76,28 +107,9 @@ class CaseAgent:
         self._conntrack = Conntrack()
         self._health = HealthServer()
 
-    # ------------------------------------------------------------------------------------- a case's node, for the agent
-
     def configuration(self, case: Case) -> Configuration:
-        """What the administrator of the case's node would write. Whatever external IPs a case has are allowed."""
-        config = case.config
-        main = {":" in text: text for text in reversed(case.node.ips)}  # the first of each family
-        written = {
-            "mode": self.mode,
-            "nodeName": case.node.name,
-            "zone": config.zone,
-            "drainSeconds": 0,
-            "masqueradeAll": config.masquerade_all,
-            "clusterCIDRs": list(map(str, case.node.cluster_cidrs)) if config.detect_local == "ClusterCIDR" else [],
-            "serviceCIDRs": config.service_cidrs,
-            "nodeIPs": list(main.values()),
-            "nodePortAddresses": config.nodeport_addresses,
-            "externalIPRanges": EVERYWHERE,
-            "iptablesCompat": self._compat,
-            "iptablesTool": self.iptables_tool or "auto",
-            "allowMassDelete": True,
-        }
-        return msgspec.convert(written, Configuration)
+        """What the administrator of the case's node would write."""
+        return configuration_of(case, self.mode, self._compat, self.iptables_tool)
 
     # ------------------------------------------------------------------------------------------------------ programming
 
@@ -127,10 +139,7 @@ class CaseAgent:
         return Programmed(tuple(printable(note, 500) for note in notes), self._second_sync())
 
     def _write(self, case: Case) -> None:
-        items = [*case.objects.services, *case.objects.endpointslices]
-        draft = self._folder / ".draft"
-        draft.write_text(json.dumps({"apiVersion": "v1", "kind": "List", "items": items}))
-        draft.rename(self._folder / "objects.json")
+        write_objects(case, self._folder)
 
     def _restart(self, rules: Rules, options: Options) -> tuple[list[str], SyncReport]:
         """As the agent begins: read, prepare, look, sync."""
@@ -159,6 +168,11 @@ class CaseAgent:
         return "" if self._reconciler.backend.intact() else "the fixed parts are not as they were made"
 
     # ------------------------------------------------------------------------------------------------------------ facts
+
+    @property
+    def backend(self) -> Backend:
+        """The mode, as it has just programmed a case."""
+        return self._reconciler.backend
 
     def affinity_seconds(self) -> set[int]:
         """Timeouts of all virtual servers with affinity, as read back from the kernel."""
