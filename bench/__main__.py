@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from . import changes, daemon, iptables_programming, kinds, looking, nft_programming, probe, programming
+from . import changes, daemon, iptables_programming, kinds, looking, nft_programming, probe, programming, top
 from .isolation import RunFailed, isolated
 from .programming import family_id
 from .records import Key, Records, Target, metadata, table
@@ -245,6 +245,15 @@ def measure_probe(settings: Settings, records: Records) -> None:
         records.add(Key("probe", 1, f"connection, {mode}", f"one run of {found_here.hook}"), found_here.probe)
 
 
+def measure_top(settings: Settings, records: Records) -> None:
+    """A look on the screen of `dataplane top`."""
+    for size in settings.sizes:
+        say(f"top: {size} Services")
+        for part, values in top.run(size).items():
+            for value in values:
+                records.add(Key("top", size, "", part), value)
+
+
 _QUADRATIC = 3000
 """Services beyond which the tool takes minutes for one section."""
 
@@ -272,6 +281,7 @@ CASES: dict[str, Callable[[Settings, Records], None]] = {
     "iptables": measure_iptables,
     "kinds": measure_kinds,
     "probe": measure_probe,
+    "top": measure_top,
 }
 
 

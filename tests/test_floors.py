@@ -13,7 +13,7 @@ PACKAGE = ROOT / "dataplane"
 TABLE = """
 10  __main__
 9   cli
-8   demo doctor web
+8   demo doctor web top
 7   agent mode_switch netlink_ipvs counters_text
 6   ipvs_guard nft_tables iptables_restore manifest_files reconciler health_responder testing looks show_text prober
 6   explain_text trace_text web_child
