@@ -11,7 +11,6 @@ vanishes with the process. Questions are answered on a socket of their own (`con
 
 import asyncio
 import contextlib
-import ctypes
 import gc
 import json
 import os
@@ -30,6 +29,7 @@ from .drain import DrainKey
 from .errors import DataplaneError
 from .figures import Figures
 from .health_responder import HealthResponder
+from .libc_malloc import give_memory_back
 from .looks import Looks
 from .model import Problem, Update, VirtualAddress
 from .printable import printable
@@ -443,7 +443,7 @@ class Agent:
         return json.dumps(self.status()).encode()
 
     def _tell_look(self) -> bytes:
-        return self._looks.look().to_json()
+        return self._looks.answer()
 
     def _clocks(self) -> dict[DrainKey, float]:
         now = time.monotonic()
@@ -510,9 +510,3 @@ def read_status() -> dict[str, Any]:
     """The status of the agent in this network namespace; AgentUnreachable when none answers, NotRoot for others."""
     with ControlClient() as agent:
         return agent.status()
-
-
-def give_memory_back() -> None:
-    """Hand what the first load needed back to the system (glibc keeps it otherwise); elsewhere nothing happens."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)

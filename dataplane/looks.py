@@ -1,20 +1,24 @@
 """Looks at the kernel for whoever asks the agent: its virtual servers, and hits that never fall.
 
-Reading every counter of a big table takes a good part of a second, during which the agent does nothing else. So a look
-is kept as long as looking would otherwise take more than a twentieth of the time; on small tables that is nothing.
+Reading every counter of a big table takes a good part of a second, during which the agent does nothing else. So an
+answer is kept as long as looking would otherwise take more than a twentieth of the time; of small tables that is none.
 """
 
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
+from zlib import compress, decompress
 
 from .backend import Backend, ServerReport
 from .counters import Probe, Tally, Target, Way
 from .drain import DrainKey
+from .libc_malloc import give_memory_back
 from .model import VirtualAddress, VirtualServer
 from .rows import Counts, Look, service_rows
 
 PAUSE = 20
-"""How many times as long as it took a look is kept."""
+"""How many times as long as it took an answer is kept."""
+BIG = 1 << 20
+"""Bytes of an answer from which on the memory that it took is worth giving back."""
 
 
 class Looks:
@@ -34,7 +38,8 @@ class Looks:
         self._since = 0.0
         self.no_probe = ""
         """Why the mode's own counters count."""
-        self._last: Look | None = None
+        self._kept = b""
+        """The last answer, compressed: it is a twentieth then, and most agents are asked once a day."""
         self._fresh_until = 0.0
 
     def use(self, probe: Probe, addresses: Collection[VirtualAddress]) -> None:
@@ -44,14 +49,14 @@ class Looks:
             self.give_up_probe(f"attached to {', '.join(probe.hooks)} only")
             return
         probe.expect(addresses)
-        self._probe, self._since, self._tally, self._last = probe, time.time(), Tally(remembers=True), None
+        self._probe, self._since, self._tally, self._kept = probe, time.time(), Tally(remembers=True), b""
         self.no_probe = ""
 
     def give_up_probe(self, reason: str) -> None:
         """It cannot count any more, or could not from the start: the mode's own counters do."""
         if self._probe is not None:
             self._probe.close()
-            self._probe, self._last = None, None
+            self._probe, self._kept = None, b""
             self._tally = Tally(remembers=self._backend.remembers_counts)
         self.no_probe = reason
 
@@ -101,16 +106,21 @@ class Looks:
             return Counts(self._backend.mode, reason=self.no_probe)
         return Counts("probe", tuple(self._probe.hooks), self._probe.missed(), self._since)
 
-    def look(self) -> Look:
-        """What the kernel holds, now or a moment ago."""
+    def answer(self) -> bytes:
+        """A look as JSON, of now or a moment ago."""
         started = self._clock()
-        if self._last is None or started >= self._fresh_until:
-            self._last = self._read()
+        if not self._kept or started >= self._fresh_until:
+            text = self.look().to_json()
+            self._kept = compress(text, 1)
+            if len(text) > BIG:
+                give_memory_back()
             ended = self._clock()
             self._fresh_until = ended + PAUSE * (ended - started)
-        return self._last
+            return text
+        return decompress(self._kept)
 
-    def _read(self) -> Look:
+    def look(self) -> Look:
+        """What the kernel holds now."""
         reports = list(self._backend.report())
         probe, tally = self._probe, self._tally
         tally.take(_own(reports) if probe is None else attributed(reports, probe.read()))
