@@ -41,6 +41,8 @@ STATUS_TIMEOUT = 5.0
 DISTURBANCE_PAUSE = 0.2
 """Seconds between somebody else's change and our look at it: changes come in bursts, and one look serves a burst."""
 BACKOFF_LEAST, BACKOFF_MOST = 1.0, 60.0
+BIG, BIG_SECONDS = 1 << 20, 2.0
+"""Bytes of an answer from which on the memory that it took is given back, and when: it has been read by then."""
 FLOWS_PAUSE_MOST = 0.3
 """Seconds at most between two looks at conntrack while UDP Services keep changing: nine times what a look takes."""
 
@@ -162,7 +164,7 @@ class Agent:
         self._last: SyncReport | None = None
         self._last_error = ""
         self._health = HealthResponder(log, self._is_healthy)
-        self._looks = reconciler.audience = Looks(reconciler.backend, self._clocks)
+        self._looks = reconciler.audience = Looks(reconciler.backend, self._clocks, lambda: reconciler.held.servers)
         self._prober = Prober(self._looks, lambda: reconciler.held.servers, log, start_probe)
         self._control = ControlServer({"status": self._tell_status, "look": self._tell_look})
         self._figures = Figures()
@@ -443,7 +445,10 @@ class Agent:
         return json.dumps(self.status()).encode()
 
     def _tell_look(self) -> bytes:
-        return self._looks.answer()
+        answer = self._looks.answer()
+        if len(answer) > BIG:
+            asyncio.get_running_loop().call_later(BIG_SECONDS, give_memory_back)
+        return answer
 
     def _clocks(self) -> dict[DrainKey, float]:
         now = time.monotonic()

@@ -8,7 +8,7 @@ from msgspec.structs import replace
 from dataplane.backend import RealCounters, ServerReport
 from dataplane.counters import Way
 from dataplane.desired import Rules
-from dataplane.looks import Looks, attributed
+from dataplane.looks import Looks
 from dataplane.model import VirtualAddress, parse_address
 from dataplane.plan import diff
 from dataplane.reconciler import Reconciler
@@ -126,19 +126,28 @@ def test_with_a_probe_it_counts_and_what_it_missed_is_told() -> None:
 
 
 def test_a_hit_stands_at_one_virtual_server_only() -> None:
-    fake = kernel(
-        "TCP 10.0.0.1:80 rr LoadBalancer node label=a/b -> 10.1.0.1:80",
-        "TCP 10.0.0.1:80 (inside) rr LoadBalancer node label=a/b -> 10.1.0.1:80, 10.1.0.2:80",
+    fake, probe = (
+        kernel(
+            "TCP 10.0.0.1:80 rr LoadBalancer node label=a/b -> 10.1.0.1:80",
+            "TCP 10.0.0.1:80 (inside) rr LoadBalancer node label=a/b -> 10.1.0.1:80, 10.1.0.2:80",
+        ),
+        FakeProbe(),
     )
-    read = {(6, POOL["10.0.0.1"], 80, POOL[f"10.1.0.{n}"], 80): n for n in (1, 2, 3)}
-    found = {(at.inside, address): count for (at, address, _), count in attributed(fake.report(), read).items()}
-    assert found == {(False, POOL["10.1.0.1"]): 1, (True, POOL["10.1.0.2"]): 2, (False, POOL["10.1.0.3"]): 3}
+    looks = Looks(fake, dict, lambda: fake.servers)
+    looks.use(probe, fake.servers)
+    probe.hits = {(6, POOL["10.0.0.1"], 80, POOL[f"10.1.0.{n}"], 80): n for n in (1, 2, 3)}
+    look = looks.look()
+    assert hits(look) == {
+        "10.0.0.1:80/TCP": {"10.1.0.1:80": 1},
+        "10.0.0.1:80/TCP inside": {"10.1.0.1:80": 0, "10.1.0.2:80": 2},
+    }
+    assert [row.hits for row in look.services] == [4, 2]
 
 
 def test_looking_takes_a_twentieth_of_the_time_at_most() -> None:
     now = 100.0
     fake = kernel(LINE)
-    looks = Looks(fake, dict, lambda: now)
+    looks = Looks(fake, dict, clock=lambda: now)
     plain = fake.report
 
     def slow() -> Iterator[ServerReport]:
