@@ -144,31 +144,53 @@ def canonical(server: VirtualServer) -> VirtualServer:
     otherwise. Servers for clients inside have no settings of their own besides their endpoints.
     """
     at = server.at
+    inside = at[3]
     reals = server.real_servers
-    if at.inside:
-        reals = tuple(real for real in reals if real.weight)
-    weights = slot_counts([real.weight for real in reals])
-    serves = any(weights)
-    sticky = server.persistence if serves or (server.masquerade is Masquerade.NODE and not server.bound) else 0
-    bound = server.bound and not at.inside
+    for real in reals:
+        if real.weight != 1 or real.forwarding is not _MASQ or real.upper_threshold or real.lower_threshold:
+            reals = _slotted(reals, inside)
+            break
+    serves = False
+    for real in reals:  # mostly the first one
+        if real.weight:
+            serves = True
+            break
+    sticky = server.persistence
+    if sticky and not (serves or (server.masquerade is Masquerade.NODE and not server.bound)):
+        sticky = 0
+    bound = server.bound and not inside
     return VirtualServer(
         at,
-        tuple(
-            real
-            if real.weight == weight and real.forwarding is Forwarding.MASQ and not real.upper_threshold
-            else RealServer(real.address, real.port, weight, real.local)
-            for real, weight in zip(reals, weights, strict=True)
-        ),
+        reals,
         SCHEDULER,
         0,
         sticky,
-        8 * len(at.address) if sticky else 32,
-        Masquerade.NODE if at.inside else server.masquerade,
+        8 * len(at[1]) if sticky else 32,
+        Masquerade.NODE if inside else server.masquerade,
         NoServers.REJECT if serves else server.no_servers,
         bound,
-        nft.owner_comment(server.label),
+        _plain_label(server.label),
         Kind.CLUSTER_IP if bound else server.kind,
-        () if at.inside else server.allowed,
+        () if inside else server.allowed,
+    )
+
+
+_MASQ = Forwarding.MASQ
+_plain_label = lru_cache(maxsize=64)(nft.owner_comment)
+"""Addresses of a Service come one after the other."""
+
+
+@lru_cache(maxsize=16)
+def _slotted(reals: tuple[RealServer, ...], inside: bool) -> tuple[RealServer, ...]:
+    """Real servers with slots for weights; the same object for all addresses of a Service that have them."""
+    if inside:
+        reals = tuple(real for real in reals if real.weight)
+    weights = slot_counts([real.weight for real in reals])
+    return tuple(
+        real
+        if real.weight == weight and real.forwarding is _MASQ and not (real.upper_threshold or real.lower_threshold)
+        else RealServer(real.address, real.port, weight, real.local)
+        for real, weight in zip(reals, weights, strict=True)
     )
 
 
