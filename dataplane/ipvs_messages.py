@@ -366,7 +366,7 @@ class Encoder:
         return template(self._mark(server.at) if inside else address, port, real)
 
     def reals(self, changes: Sequence[Change], seq: int) -> bytes:
-        """NEW_, SET_ and DEL_DEST messages of changes, joined; the last asks for an ACK and has `seq`, in network order.
+        """NEW_, SET_ and DEL_DEST messages, joined; the last asks for an ACK and has `seq`, in network order.
 
         Made for few: mostly there is only one.
         """
