@@ -239,12 +239,13 @@ def layout(server: VirtualServer, held: Entry, homes: "Homes") -> Entry:
     """The entry of a canonical server, as close to the held one as can be; `homes` has the numbers that go with it."""
     at = server.at
     comment = nft.owner_comment(server.label, server.kind)
-    numbered = _is_numbered(server, held, homes)
-    if held is NOTHING and server.bound and not numbered and server.real_servers and not server.allowed:
-        targets = [(real.address, real.port) for real in server.real_servers if real.weight == 1]
-        if len(targets) == len(server.real_servers) and server.masquerade is Masquerade.DETECT:
+    reals = server.real_servers
+    if held is NOTHING and server.bound and reals and not (server.persistence or server.allowed or homes.knows(server)):
+        targets = [(real.address, real.port) for real in reals if real.weight == 1]
+        if len(targets) == len(reals) and server.masquerade is Masquerade.DETECT:
             # a new server as most are: a slot for each
             return Entry(chain_name(len(at.address), 0, len(targets)), "", comment, dict(enumerate(targets)), *_NONE)
+    numbered = _is_numbered(server, held, homes)
     wanted, idle = _targets(server.real_servers)
     entry = Entry(comment=comment, idle=idle)
     if not at.inside:
@@ -318,11 +319,14 @@ def _stock(reals: tuple[RealServer, ...], first: int, sticky: bool, held: Entry,
 
 
 class Loss(Struct):
-    """Servers of a Service port of which the same real servers go, and others come."""
+    """Servers that have the same shared endpoints, and of which the same go and others come."""
 
     port: int
+    shared: dict[int, Target]
     differing: Reals
-    servers: list[tuple[Change, Entry]] = field(default_factory=list)
+    changes: list[Change] = field(default_factory=list)
+    more: bool = False
+    """Something else of one of them differs."""
 
 
 def losses(changes: Iterable[Change], entries: Mapping[VirtualAddress, Entry]) -> Collection[Loss]:
@@ -331,10 +335,13 @@ def losses(changes: Iterable[Change], entries: Mapping[VirtualAddress, Entry]) -
     for change in changes:
         held = entries.get(change.new.at)
         if held is not None and held.numbers:
-            key = held.port(), id(change.differing)
-            if key not in found:
-                found[key] = Loss(key[0], change.differing)
-            found[key].servers.append((change, held))
+            key = id(held.shared), id(change.differing)
+            loss = found.get(key)
+            if loss is None:
+                loss = found[key] = Loss(held.port(), held.shared, change.differing)
+            loss.changes.append(change)
+            if change.server:
+                loss.more = True
     return found.values()
 
 
@@ -377,7 +384,8 @@ class Homes:
         self._names: dict[int, str] = {}
         self._free: list[int] = []
         self._last = 0
-        self._used = False
+        self.used = False
+        """Some Service port has, or had, a number."""
         self._numbers: dict[int, dict[Target, int]] = {}
         self._uses: dict[tuple[int, Target | None], int] = {}
         self._gone: dict[int, list[int]] = {}
@@ -390,7 +398,7 @@ class Homes:
     def begin(self, lost: Collection[Loss] = ()) -> None:
         """Another commit is made. `lost`: all servers that lose endpoints, so that the number of one that then has none
         can be taken over by one that comes."""
-        if not self._used:
+        if not self.used:
             return
         self._fresh.clear()
         self._gone.clear()
@@ -401,7 +409,7 @@ class Homes:
             for real in loss.differing.remove:
                 if real.weight:
                     key = loss.port, (real.address, real.port)
-                    left[key] = left.get(key, 0) + len(loss.servers)
+                    left[key] = left.get(key, 0) + len(loss.changes)
         for loss in lost:
             for real in loss.differing.add:
                 left.pop((loss.port, (real.address, real.port)), None)
@@ -413,15 +421,14 @@ class Homes:
         """Nothing but shared endpoints differs, as each that goes is followed by one that takes over its number, and so
         its slots: add that to `stock`. False: it is not so simple."""
         add, edit, remove, _ = loss.differing
-        port, count = loss.port, len(loss.servers)
-        if edit or len(add) != len(remove) or any(change.server for change, _ in loss.servers):
+        port, count = loss.port, len(loss.changes)
+        if edit or loss.more or len(add) != len(remove):
             return False
-        views = {id(held.shared): held.shared for _, held in loss.servers}.values()
         moves: list[tuple[int, Target, Target]] = []
         for goes, comes in zip(remove, add, strict=True):
             before, after = (goes.address, goes.port), (comes.address, comes.port)
             number = self.number(port, after)
-            if goes.weight != comes.weight or any(view.get(number) != before for view in views):
+            if goes.weight != comes.weight or loss.shared.get(number) != before:
                 return False
             moves.append((number, before, after))
         for number, before, after in moves:
@@ -430,7 +437,7 @@ class Homes:
                 stock.add.append((number, after))
             for target, step in ((before, -count), (after, +count)):
                 stock.uses[port, target] = stock.uses.get((port, target), 0) + step
-            stock.views.extend([(view, number, after) for view in views])
+            stock.views.append((loss.shared, number, after))
         return True
 
     def knows(self, server: VirtualServer) -> bool:
@@ -481,6 +488,8 @@ class Homes:
 
     def difference(self, steps: Iterable[tuple[Entry, Entry]]) -> Restocking:
         """What entries that take the places of others mean for shared endpoints."""
+        if not self.used:
+            return Restocking.nothing()
         uses: dict[tuple[int, Target | None], int] = {}
         numbers: dict[tuple[int, Target], int] = {}
         alike: dict[tuple[int, int], list[Any]] = {}
@@ -556,7 +565,7 @@ class Homes:
         self.begin()
 
     def _learn(self, name: str, home: int) -> None:
-        self._used = True
+        self.used = True
         self._ports.setdefault(name, home)
         self._names.setdefault(home, name)
         self._numbers.setdefault(home, {})

@@ -219,13 +219,15 @@ class NftablesBackend:
         steps, unsure = [], set()
         chains: dict[str, None] = {}
         entries, layout, homes = self._entries, lay.layout, self._homes
-        lost = lay.losses(plan.change, entries)
-        homes.begin(() if self._refused else lost)
-        refills = Restocking.nothing()
+        refills = NO_STOCK
         refilled: set[int] = set()
-        for loss in lost:
-            if homes.refill(loss, refills):
-                refilled.update([id(change) for change, _ in loss.servers])
+        if homes.used:
+            lost = lay.losses(plan.change, entries)
+            homes.begin(() if self._refused else lost)
+            refills = Restocking.nothing()
+            for loss in lost:
+                if homes.refill(loss, refills):
+                    refilled.update(map(id, loss.changes))
         adds = [_canonical(server) for server in plan.add]
         for server in adds:
             if not server.bound and (server.persistence or homes.room()):
@@ -237,7 +239,7 @@ class NftablesBackend:
                 unsure.add(at)
                 continue
             steps.append(Step(at, old, layout(server, old, homes)))
-        for change in plan.change:
+        for change in plan.change if len(refilled) < len(plan.change) else ():
             if id(change) in refilled:
                 continue
             at = change.new.at
@@ -246,9 +248,8 @@ class NftablesBackend:
                 unsure.add(at)
                 continue
             steps.append(Step(at, held, layout(_canonical(change.new), held, homes)))
-        for step in steps:
-            missing = step.new.chain
-            if missing and missing not in self._chains:
+        for missing in {step.new.chain: None for step in steps if step.new.chain not in self._chains}:
+            if missing:
                 chains |= dict.fromkeys(name for name in needed(missing) if name not in self._chains)
         for server in plan.remove:
             old = entries.get(server.at, NOTHING)
@@ -259,7 +260,9 @@ class NftablesBackend:
         )
 
     def _stock(self, steps: Collection[Step], refills: Restocking) -> Restocking:
-        return refills.joined(self._homes.difference((step.old, step.new) for step in steps)) if steps else refills
+        if not steps or not self._homes.used:
+            return refills
+        return refills.joined(self._homes.difference((step.old, step.new) for step in steps))
 
     def commit(self, transaction: Transaction) -> Outcome:
         """One batch. What the kernel refuses is found, left out, and the rest sent again."""
@@ -593,6 +596,8 @@ class NftablesBackend:
             return []  # somebody has deleted the set; `intact` says so
 
 
+NO_STOCK = Restocking.nothing()
+"""Never written to."""
 _NATIVE: Literal["little", "big"] = sys.byteorder
 _Addresses = tuple[lay.Packed, lay.Packed]
 """Addresses to take away and to add, packed."""

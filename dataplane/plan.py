@@ -96,7 +96,7 @@ class State:
                 self.put(server)
                 self.ghosts.discard(server.at)
         for change in plan.change:
-            if change.new.at not in skip:
+            if not skip or change.new.at not in skip:
                 self._replace(change)
         self.vips.difference_update(plan.unbind)
         self.vips.update(plan.bind)
@@ -189,7 +189,7 @@ class Plan(Struct, frozen=True):
         deletes = sum(s.at not in skip for s in self.remove) + len(self.unbind) + len(self.hairpin_remove)
         sets = 0
         for change in self.change:
-            if change.new.at not in skip:
+            if not skip or change.new.at not in skip:
                 add, edit, remove, _ = change.differing
                 adds += len(add)
                 sets += len(edit) + change.server

@@ -329,7 +329,7 @@ class Reconciler:
     def _remember(self, failed: dict[VirtualAddress, KernelError], only: Collection[VirtualAddress] | None) -> None:
         if only is None:
             self.failing = dict(failed)
-        else:
+        elif self.failing or failed:
             for at in only:
                 self.failing.pop(at, None)
             self.failing.update(failed)
