@@ -277,8 +277,8 @@ def _is_numbered(server: VirtualServer, held: Entry, homes: "Homes") -> bool:
     if server.persistence:
         return True
     kind = chain_parts(held.chain).kind
-    if kind in ("pick", "draw"):
-        return kind == "draw"
+    if kind == "draw" or (kind == "pick" and server.bound):
+        return kind == "draw"  # any other that is not is of an earlier version, or came when there was no number left
     return homes.knows(server) or (not server.bound and homes.room())
 
 
