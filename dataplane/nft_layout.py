@@ -161,20 +161,22 @@ def chain_parts(name: str) -> Parts:
 # ------------------------------------------------------------------------------------------------ server <-> entry
 
 
-def canonical(server: VirtualServer) -> VirtualServer:
+def canonical(server: VirtualServer, *, plain: bool = False) -> VirtualServer:
     """What of a server this mode can hold.
 
     The choice is random, and weights are slots, hence small whole numbers; weight 0 stays 0. A server that has nobody
     to send to has no affinity (unless others lead through it), and one that has does not say what it would do
-    otherwise. Servers for clients inside have no settings of their own besides their endpoints.
+    otherwise. Servers for clients inside have no settings of their own besides their endpoints. `plain`: it is known
+    that the real servers are as they can be held.
     """
     at = server.at
     inside = at[3]
     reals = server.real_servers
-    for real in reals:
-        if real.weight != 1 or real.forwarding is not _MASQ or real.upper_threshold or real.lower_threshold:
-            reals = _slotted(reals, inside)
-            break
+    if not plain:
+        for real in reals:
+            if real.weight != 1 or real.forwarding is not _MASQ or real.upper_threshold or real.lower_threshold:
+                reals = _slotted(reals, inside)
+                break
     serves = False
     for real in reals:  # mostly the first one
         if real.weight:

@@ -25,7 +25,7 @@ from . import nftables_messages as nft
 from .backend import NO_SETTINGS, Options, Outcome, RealCounters, ServerReport, Transaction
 from .drain import DrainKey
 from .errors import KernelError, Unanswered
-from .model import Address, VirtualAddress, VirtualServer, between, disjoint, format_address
+from .model import Address, RealServer, VirtualAddress, VirtualServer, between, disjoint, format_address
 from .netlink_socket import HEADER, NETLINK_NETFILTER, NLM_F_ECHO, NetlinkSocket
 from .nft_chains import chain_of, needed
 from .nft_clients import Clients
@@ -124,6 +124,8 @@ class NftablesBackend:
         self._echoes: list[bytes] = []
         """What the kernel told of them, not yet read: nobody who waits for a change needs it."""
         self._homes = Homes()
+        self._plain: tuple[RealServer, ...] = ()
+        """Real servers that need no change to be held; addresses of a Service come one after the other."""
         self._shared_counts: dict[str, dict[Target, int]] = {}
         """The same as `_counted` of shared elements, by their Service port's name."""
         self._strays: dict[nft.SetWire, list[bytes]] = {}
@@ -135,7 +137,11 @@ class NftablesBackend:
 
     def express(self, server: VirtualServer) -> VirtualServer:
         """Random choice, weights as slots; see `nft_layout.canonical`."""
-        return lay.canonical(server)
+        reals = server.real_servers
+        held = lay.canonical(server, plain=reals is self._plain)
+        if held.real_servers is reals:
+            self._plain = reals
+        return held
 
     def present(self) -> bool:
         """Our table is there."""

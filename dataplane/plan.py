@@ -287,7 +287,7 @@ def of_changes(held: State, changes: Iterable[Change]) -> Plan | None:
             return None
         add, edit, remove, local = change.differing
         for address, step in local:
-            _add(hairpins, address, step)
+            hairpins[address] = hairpins.get(address, 0) + step
         if not (change.server or add or edit or remove):
             continue
         differing.append(change)
@@ -295,12 +295,18 @@ def of_changes(held: State, changes: Iterable[Change]) -> Plan | None:
         # IP, or where it drops when it has nobody
         if reals_only:
             plain = bound and old.no_servers is _REJECT
-            reals_only = not change.server and (plain or (old.serves() and new.serves()))
+            reals_only = not change.server and (plain or _both_serve(old.real_servers, new.real_servers))
     if hairpins:
         come, go = _missing(held.hairpins, held.uses()[1], hairpins, ())
         if come or go:
             return Plan((), tuple(differing), (), (), (), come, go, (), reals_only)
     return Plan((), tuple(differing), (), (), (), (), (), (), reals_only) if differing else NO_PLAN
+
+
+def _both_serve(before: tuple[RealServer, ...], after: tuple[RealServer, ...]) -> bool:
+    if before and after and before[0].weight and after[0].weight:
+        return True  # as nearly always
+    return any(real.weight for real in before) and any(real.weight for real in after)
 
 
 Known = dict[tuple[int, int], Reals]
