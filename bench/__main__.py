@@ -208,6 +208,8 @@ def measure_kinds(settings: Settings, records: Records) -> None:
                 try:
                     for value in kinds.run(mode, kind, size, settings.changes):
                         records.add(Key("kinds", size, mode, kind.name), value)
+                    for value in kinds.floor(mode, kind, size, settings.changes):
+                        records.add(Key("kinds", size, mode, f"{kind.name}: floor"), value)
                 except RunFailed as error:
                     records.fail(f"kinds, {mode}, {size}, {kind.name}: {error}")
 

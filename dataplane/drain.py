@@ -47,6 +47,8 @@ class Drains:
         and open connections go on, new ones are refused.
         """
         if held is None or (wanted is not None and wanted.real_servers == held.real_servers):
+            if wanted is not None:
+                self.revive(at, wanted.real_servers)  # with weight 0 it is there as it was when it drained
             return wanted
         wanted_reals = wanted.real_servers if wanted else ()
         wanted_keys = {(real.address, real.port) for real in wanted_reals}

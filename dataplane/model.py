@@ -386,4 +386,5 @@ class VirtualServer(Struct, frozen=True, gc=False):
 
     def serves(self) -> bool:
         """Some real server takes new connections."""
-        return any(real.weight for real in self.real_servers)
+        reals = self.real_servers
+        return bool(reals) and (reals[0].weight > 0 or any(real.weight for real in reals))
