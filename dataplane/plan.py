@@ -228,9 +228,7 @@ def diff(
             if old is new or old == new:
                 continue  # the common case of a full look; what both need cancels out
             differing = compare(old, new)
-            if (
-                differing or differing.differing.hairpins
-            ):  # where a real server runs is nothing to do, but has to be known
+            if differing or differing.differing.hairpins:  # as in `of_changes`
                 change.append(differing)
             for address, step in differing.differing.hairpins:
                 _add(hairpins, address, step)
@@ -291,9 +289,9 @@ def of_changes(held: State, changes: Iterable[Change]) -> Plan | None:
         add, edit, remove, local = change.differing
         for address, step in local:
             hairpins[address] = hairpins.get(address, 0) + step
-        if not (change.server or add or edit or remove):
+        if not (change.server or add or edit or remove or local):
             continue
-        differing.append(change)
+        differing.append(change)  # where a real server runs is nothing to do, but has to be known
         # what packets meet in front of a server may go by whether it has somebody to serve: elsewhere than at a cluster
         # IP, or where it drops when it has nobody
         if reals_only:
