@@ -1,8 +1,8 @@
 """The probe: what a hit costs, what that is of a connection, reading, and starting: `python -m bench --only probe`.
 
 A hit: the body over images of kernel structures (probe_body.py), run by the kernel itself, with and without counting.
-Connections: TCP, by turns with and without the probe; attached where this kernel allows that, else as a netfilter
-program at the same place. Reading: DnatHits over the maps that the body has filled.
+Connections: TCP, by turns with and without the probe; attached where this kernel allows that, else a netfilter program
+at the same place and the same one without counting. Reading: DnatHits over the maps that the body has filled.
 """
 
 import contextlib
@@ -148,13 +148,19 @@ def _probe() -> Iterator[DnatHits]:
 
 @contextlib.contextmanager
 def _detached(hits: DnatHits) -> Iterator[None]:
-    """The links are closed meanwhile, which detaches the programs; the new ones get their descriptors."""
+    """The links are closed meanwhile, which detaches the programs; the new ones get their descriptors.
+
+    A netfilter program sees every packet, which the probe does not: there an empty one takes its place.
+    """
     nothing = os.open(os.devnull, os.O_RDONLY)
     for hook in hits.attached:
         for link in hook.links:
             os.dup2(nothing, link, inheritable=False)
     os.close(nothing)
+    empty = [link for hook in hits.attached if hook.kind == "netfilter" for link in link_behind_dnat(hook.programs[1])]
     yield
+    for link in empty:
+        os.close(link)
     for hook in hits.attached:
         for link, new in zip(hook.links, _links(hook), strict=True):
             os.dup2(new, link, inheritable=False)

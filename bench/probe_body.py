@@ -40,16 +40,21 @@ def _order(slots: int) -> Order:
 
 @contextlib.contextmanager
 def behind_dnat(slots: int = 4096) -> Iterator[DnatHits]:
-    """The body as netfilter programs of the calling thread's network namespace."""
+    """The body as a netfilter program of the calling thread's network namespace; the second of its programs, which is
+    not attached, is the same without counting.
+    """
     kernel = KernelTypes()
     macros = {**defines(), **NAT.defines(kernel), "HOOK_NETFILTER": 1}
     macros["SKB_NFCT_AT"] = kernel.of("vmlinux").offset("sk_buff", "_nfct")
-    code = compile_programs(macros, ("behind_dnat",), SOURCE)["behind_dnat"]
+    compiled = compile_programs(macros, ("behind_dnat", "behind_dnat_empty"), SOURCE)
     maps = make_maps(_order(slots))
-    code = bpf.with_maps(code, {int(each): fd for each, fd in maps.items()})
-    program = bpf.load(bpf.NETFILTER, code, "behind_dnat", bpf.NETFILTER_HOOK)
-    links = link_behind_dnat(program)
-    with DnatHits(Handed((Hook("netfilter", NAT.function, (program,), links),), maps)) as hits:
+    placed = {int(each): fd for each, fd in maps.items()}
+    programs = tuple(
+        bpf.load(bpf.NETFILTER, bpf.with_maps(code, placed), name, bpf.NETFILTER_HOOK)
+        for name, code in compiled.items()
+    )
+    links = link_behind_dnat(programs[0])
+    with DnatHits(Handed((Hook("netfilter", NAT.function, programs, links),), maps)) as hits:
         yield hits
 
 
