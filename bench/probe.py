@@ -26,7 +26,7 @@ from dataplane.model import RealServer, VirtualAddress, VirtualServer, format_ad
 from dataplane.plan import diff
 
 from .isolation import RunFailed, isolated
-from .probe_body import PORT, behind_dnat, images, link_behind_dnat
+from .probe_body import PORT, behind_dnat, images, link_behind_dnat, load_modules
 from .stopwatch import Spent, measured
 
 IMAGE = VirtualAddress(6, parse_address("10.96.0.1"), PORT)
@@ -84,6 +84,7 @@ def starting() -> tuple[str, float]:
     """Seconds from starting the child to a probe that counts; where none attaches, to knowing that."""
 
     def work() -> tuple[str, float]:
+        load_modules()
         began = time.perf_counter()
         try:
             with ProbeStart() as start, start.finish() as hits:
@@ -95,7 +96,7 @@ def starting() -> tuple[str, float]:
 
 
 class Connections(NamedTuple):
-    """Time per connection. `probe`: what the kernel says of the programs themselves, per run; None: no statistics."""
+    """Time per connection. `probe`: seconds of one run of its programs, as the kernel measures them."""
 
     without: list[Spent]
     with_probe: list[Spent]
