@@ -44,9 +44,10 @@ TARGETS += tuple(
 TARGETS += (
     Target("probe", "reading", "dataplane", "the target", 1.0, 30_000),
     *(
-        Target("probe", f"connection, {mode}{of}", "with the probe", "without", 1.02)
+        Target("probe", f"connection, {mode}, processor time", contender, "without", most)
         for mode in ("nftables", "ipvs")
-        for of in ("", ", processor time")
+        # the first is what is asked, and drowns where samples differ by more; the kernel's own measure never does
+        for contender, most in (("with the probe", 1.02), ("the probe's own", 0.02))
     ),
 )
 BASES = {
@@ -244,7 +245,9 @@ def measure_probe(settings: Settings, records: Records) -> None:
         for contender, samples in (("without", found_here.without), ("with the probe", found_here.with_probe)):
             for spent in samples:
                 _note(records, Key("probe", 1, f"connection, {mode}", contender), spent)
-        records.add(Key("probe", 1, f"connection, {mode}", f"one run of {found_here.hook}"), found_here.probe)
+        part = f"connection, {mode}, processor time"
+        records.add(Key("probe", 1, part, "the probe's own"), found_here.probe)
+        say(f"probe: attached by {found_here.hook}")
 
 
 def measure_top(settings: Settings, records: Records) -> None:

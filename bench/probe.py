@@ -1,8 +1,8 @@
 """The probe: what a hit costs, what that is of a connection, reading, and starting: `python -m bench --only probe`.
 
 A hit: the body over images of kernel structures (probe_body.py), run by the kernel itself, with and without counting.
-Connections: TCP, by turns with and without the probe; attached where this kernel allows that, else as a netfilter
-program at the same place. Reading: DnatHits over the maps that the body has filled.
+Connections: TCP, by turns with and without the probe; attached where this kernel allows that, else a netfilter program
+at the same place and the same one without counting. Reading: DnatHits over the maps that the body has filled.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from dataplane.model import RealServer, VirtualAddress, VirtualServer, format_ad
 from dataplane.plan import diff
 
 from .isolation import RunFailed, isolated
-from .probe_body import PORT, behind_dnat, images, link_behind_dnat
+from .probe_body import PORT, behind_dnat, images, link_behind_dnat, load_modules
 from .stopwatch import Spent, measured
 
 IMAGE = VirtualAddress(6, parse_address("10.96.0.1"), PORT)
@@ -84,6 +84,7 @@ def starting() -> tuple[str, float]:
     """Seconds from starting the child to a probe that counts; where none attaches, to knowing that."""
 
     def work() -> tuple[str, float]:
+        load_modules()
         began = time.perf_counter()
         try:
             with ProbeStart() as start, start.finish() as hits:
@@ -95,7 +96,7 @@ def starting() -> tuple[str, float]:
 
 
 class Connections(NamedTuple):
-    """Time per connection. `probe`: what the kernel says of the programs themselves, per run; None: no statistics."""
+    """Time per connection. `probe`: seconds of one run of its programs, as the kernel measures them."""
 
     without: list[Spent]
     with_probe: list[Spent]
@@ -148,13 +149,19 @@ def _probe() -> Iterator[DnatHits]:
 
 @contextlib.contextmanager
 def _detached(hits: DnatHits) -> Iterator[None]:
-    """The links are closed meanwhile, which detaches the programs; the new ones get their descriptors."""
+    """The links are closed meanwhile, which detaches the programs; the new ones get their descriptors.
+
+    A netfilter program sees every packet, which the probe does not: there an empty one takes its place.
+    """
     nothing = os.open(os.devnull, os.O_RDONLY)
     for hook in hits.attached:
         for link in hook.links:
             os.dup2(nothing, link, inheritable=False)
     os.close(nothing)
+    empty = [link for hook in hits.attached if hook.kind == "netfilter" for link in link_behind_dnat(hook.programs[1])]
     yield
+    for link in empty:
+        os.close(link)
     for hook in hits.attached:
         for link, new in zip(hook.links, _links(hook), strict=True):
             os.dup2(new, link, inheritable=False)

@@ -20,6 +20,8 @@ from dataplane.bpf.hooks import NAT, TARGETS, Hook
 from dataplane.bpf.probe_child import Order, make_maps
 from dataplane.bpf.records import Map, defines
 from dataplane.bpf.sysfs_btf import KernelTypes
+from dataplane.errors import PreflightError, ToolError
+from dataplane.run_tool import run_tool
 
 SOURCE = Path(__file__).with_name("probe_body.c")
 IMAGES, TURN = len(Map) + 1, len(Map) + 2
@@ -34,22 +36,35 @@ def netns_here() -> int:
     return Path("/proc/thread-self/ns/net").stat().st_ino
 
 
+def load_modules() -> None:
+    """The modules whose functions are the hooks, where they are modules; a mode loads them when it is prepared."""
+    for module in (target.module for target in TARGETS):
+        with contextlib.suppress(ToolError, PreflightError):
+            run_tool(["modprobe", module])
+
+
 def _order(slots: int) -> Order:
     return Order(socket=-1, seconds=0, netns=netns_here(), slots=slots, frontends=1024)
 
 
 @contextlib.contextmanager
 def behind_dnat(slots: int = 4096) -> Iterator[DnatHits]:
-    """The body as netfilter programs of the calling thread's network namespace."""
+    """The body as a netfilter program of the calling thread's network namespace; the second of its programs, which is
+    not attached, is the same without counting.
+    """
+    load_modules()
     kernel = KernelTypes()
     macros = {**defines(), **NAT.defines(kernel), "HOOK_NETFILTER": 1}
     macros["SKB_NFCT_AT"] = kernel.of("vmlinux").offset("sk_buff", "_nfct")
-    code = compile_programs(macros, ("behind_dnat",), SOURCE)["behind_dnat"]
+    compiled = compile_programs(macros, ("behind_dnat", "behind_dnat_empty"), SOURCE)
     maps = make_maps(_order(slots))
-    code = bpf.with_maps(code, {int(each): fd for each, fd in maps.items()})
-    program = bpf.load(bpf.NETFILTER, code, "behind_dnat", bpf.NETFILTER_HOOK)
-    links = link_behind_dnat(program)
-    with DnatHits(Handed((Hook("netfilter", NAT.function, (program,), links),), maps)) as hits:
+    placed = {int(each): fd for each, fd in maps.items()}
+    programs = tuple(
+        bpf.load(bpf.NETFILTER, bpf.with_maps(code, placed), name, bpf.NETFILTER_HOOK)
+        for name, code in compiled.items()
+    )
+    links = link_behind_dnat(programs[0])
+    with DnatHits(Handed((Hook("netfilter", NAT.function, programs, links),), maps)) as hits:
         yield hits
 
 
@@ -78,6 +93,7 @@ class Images(NamedTuple):
 @contextlib.contextmanager
 def images(slots: int) -> Iterator[Images]:
     """The body over an image of each structure that this kernel knows, with its offsets."""
+    load_modules()
     kernel, macros = KernelTypes(), {**defines(), "HOOK_IMAGES": 1}
     names: list[str] = []
     for target, programs in zip(TARGETS, (("nat_image", "nat_empty"), ("ipvs_image", "ipvs_empty")), strict=True):
