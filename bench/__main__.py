@@ -265,6 +265,7 @@ def read_command_line(arguments: list[str] | None = None) -> Settings:
         "--only", nargs="+", choices=[*CASES, "everything"], default=None, help="cases to measure", metavar="CASE"
     )
     parser.add_argument("--sizes", type=numbers, metavar="N,N", help="numbers of Services")
+    parser.add_argument("--agent-sizes", type=numbers, metavar="N,N", help="the same for the agent and its traffic")
     parser.add_argument("--endpoints", type=numbers, metavar="N,N", help="endpoints of each (3; modes: 1, 3 and 50)")
     parser.add_argument("--rounds", type=int, help="rounds of all contenders (3)")
     parser.add_argument("--changes", type=int, help="changes of each kind (300)")
@@ -286,6 +287,7 @@ def read_command_line(arguments: list[str] | None = None) -> Settings:
     if "everything" in settings.only:
         settings.only = list(CASES)
     settings.sizes = settings.sizes or ([30, 300] if quick and slow else [100, 500] if quick else [100, 1000, 10000])
+    settings.agent_sizes = settings.agent_sizes or settings.sizes
     settings.endpoints = settings.endpoints or ([3] if quick else [3, 1, 50])
     settings.rounds = settings.rounds or (1 if quick else 3)
     settings.changes = settings.changes or (50 if quick else 300)

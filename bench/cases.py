@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from . import end_to_end, operations, parts, traffic
+from .contenders import CONTENDERS
 from .isolation import RunFailed, isolated
 from .progress import Progress
 from .raw import PlainSocket
@@ -22,6 +23,7 @@ class Wanted(argparse.Namespace):
     """What these cases read of the command line."""
 
     sizes: list[int]
+    agent_sizes: list[int]
     endpoints: list[int]
     rounds: int
     changes: int
@@ -69,7 +71,7 @@ def modes(settings: Wanted, records: Records, progress: Progress) -> None:
             rate=settings.rate,
             churn=1.0 if settings.quick else 3.0,
         ),
-        settings.contenders,
+        settings.contenders or [each.name for each in CONTENDERS if not (settings.quick and each.single)],
     )
     here = [each.name for each in available()]
     if absent := [each.name for each in VARIANTS if each.name not in here]:
@@ -79,7 +81,7 @@ def modes(settings: Wanted, records: Records, progress: Progress) -> None:
 
 def agents(settings: Wanted, records: Records, progress: Progress) -> None:
     """The agent in every mode, at the two largest sizes."""
-    for size in sorted(settings.sizes)[-2:]:
+    for size in sorted(settings.agent_sizes)[-2:]:
         for variant in available():
             progress.say(f"end-to-end: {size:,} Services, {variant.name}")
             records.calibrate()
@@ -98,7 +100,7 @@ def connections(settings: Wanted, records: Records, progress: Progress) -> None:
     count, seconds = 2 * settings.changes, 0.2 if settings.quick else 1.0
     progress.say("traffic: nothing in the kernel")
     _seen(records, 0, traffic.NOTHING, traffic.bare(count, seconds))
-    for size in settings.sizes:
+    for size in settings.agent_sizes:
         for variant in available():
             progress.say(f"traffic: {size:,} Services, {variant.name}")
             records.calibrate()
@@ -136,8 +138,8 @@ MORE_CASES: dict[str, Callable[[Wanted, Records, Progress], None]] = {
 
 def steps(case: str, settings: Wanted) -> int:
     """How often a case says that a step is done, and once more at its end."""
-    sizes = len(settings.sizes)
+    sizes, agents = len(settings.sizes), len(settings.agent_sizes)
     usual = sizes if ENDPOINTS in settings.endpoints else 0
     others = sum(each != ENDPOINTS for each in settings.endpoints)
-    each = {"modes": settings.rounds * (usual + others), "end-to-end": min(2, sizes), "traffic": sizes}
+    each = {"modes": settings.rounds * (usual + others), "end-to-end": min(2, agents), "traffic": agents}
     return each.get(case, 0) + 1

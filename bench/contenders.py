@@ -270,6 +270,20 @@ class Contender(NamedTuple):
     about: str
     ours: bool = False
     slow: bool = False
+    single: bool = False
+    """One process for each line."""
+
+
+def _by_tool(variant: Variant) -> Driver:
+    return Text(variant, peers.by_tool)
+
+
+def _by_libnftables(variant: Variant) -> Driver:
+    return Text(variant, peers.by_libnftables)
+
+
+def _one_by_one(variant: Variant) -> Driver:
+    return Text(variant, peers.one_by_one)
 
 
 def _table() -> Iterator[Contender]:
@@ -277,24 +291,19 @@ def _table() -> Iterator[Contender]:
     for variant in (ipvs, nftables):
         yield Contender(f"{variant.name}: raw replay", variant, Replay, "our bytes, ready beforehand: the floor")
     for variant in (legacy, nft):
-        by_hand = f"{variant.name}: iptables-restore by hand"
-        yield Contender(by_hand, variant, lambda each: Text(each, peers.by_tool), "the same text from a file")
+        yield Contender(f"{variant.name}: iptables-restore by hand", variant, _by_tool, "the same text", slow=True)
     for variant in (ipvs, routes, nftables, legacy, nft):
         yield Contender(variant.name, variant, Ours, "dataplane", ours=True)
-    yield Contender("ipvs: ipvsadm -R", ipvs, lambda each: Text(each, peers.by_tool), "the same servers", slow=True)
-    one = "one process for each line"
-    yield Contender("ipvs: ipvsadm, one by one", ipvs, lambda each: Text(each, peers.one_by_one), one, slow=True)
+    yield Contender("ipvs: ipvsadm -R", ipvs, _by_tool, "the same servers", slow=True)
+    yield Contender("ipvs: ipvsadm, one by one", ipvs, _one_by_one, "a process a line", slow=True, single=True)
     yield Contender("ipvs: pyroute2", ipvs, lambda _: Library(), "one call for each server", slow=True)
-    yield Contender(
-        "nftables: nft -f, same rules", nftables, lambda each: Text(each, peers.by_tool), "the same elements"
-    )
-    in_process = lambda each: Text(each, peers.by_libnftables)  # noqa: E731
-    yield Contender("nftables: libnftables, same rules", nftables, in_process, "the same in process")
-    kube = "a chain and an anonymous map for each Service"
-    yield Contender("nftables: nft -f, kube-proxy's layout", nftables, lambda _: Layout(), kube, slow=True)
+    yield Contender("nftables: nft -f, same rules", nftables, _by_tool, "the same elements")
+    yield Contender("nftables: libnftables, same rules", nftables, _by_libnftables, "the same in process")
+    layout = "nftables: nft -f, kube-proxy's layout"
+    yield Contender(layout, nftables, lambda _: Layout(), "a chain and an anonymous map for each Service", slow=True)
     for variant in (legacy, nft):
-        name = f"{variant.name}: iptables, one by one"
-        yield Contender(name, variant, lambda each: Text(each, peers.one_by_one), one, slow=True)
+        one = f"{variant.name}: iptables, one by one"
+        yield Contender(one, variant, _one_by_one, "a process a line", slow=True, single=True)
 
 
 CONTENDERS: tuple[Contender, ...] = tuple(_table())

@@ -27,10 +27,14 @@ REPLACE, SCALE_UP, SCALE_DOWN = "replace one endpoint", "scale 3 → 30", "scale
 ROLL, RESTART, CHURN = "rolling update of 1 %", "restart, nothing changed", "churn"
 OPERATIONS = (FULL, ADD, REMOVE, REPLACE, SCALE_UP, SCALE_DOWN, ROLL, RESTART, CHURN)
 SCALED = 30
-FEW = (10, 40)
+SINGLE = ((ADD, REMOVE), (REPLACE, REPLACE))
+"""What is measured with one process for each line: more would say the same and take hours."""
+FEW = (5, 20)
 """Services with which it is found out how slow the slow ones are."""
 LEAST = 3
-"""Repetitions of an operation, however long they take."""
+"""Repetitions of an operation, however long they take; of slow contenders one."""
+USUAL_SIZE = 10_000
+"""Other numbers of endpoints than three are measured with as many Services, or with the most below."""
 WARM_UP = 10
 """Repetitions that do not count, if they are quick."""
 
@@ -105,6 +109,8 @@ def run(contender: Contender, task: Task, *, only_load: bool = False) -> Samples
         driver.check(everything)
         if not only_load:
             for operations, make in changes(task).items():
+                if contender.single and operations not in SINGLE:
+                    continue
                 for operation, spent in _repeat(driver, operations, make, task, contender):
                     samples.setdefault(operation, []).append(spent)
             if isinstance(driver, Ours):
@@ -155,7 +161,7 @@ def _restarts(ours: Ours, everything: Update, task: Task) -> list[Spent]:
 
     for _ in range(10):
         samples.append(measured(restart))
-        if len(samples) >= LEAST and time.perf_counter() - began > task.patience:
+        if len(samples) > 1 and time.perf_counter() - began > task.patience:
             break
     return samples
 
@@ -221,7 +227,8 @@ def measure(
     """Everything into the records."""
     known: dict[tuple[str, str], dict[int, float]] = {}
     for endpoints in plan.endpoints:
-        sizes = plan.sizes if endpoints == workload.ENDPOINTS else [max(plan.sizes)]
+        few_enough = [each for each in plan.sizes if each <= USUAL_SIZE]
+        sizes = plan.sizes if endpoints == workload.ENDPOINTS else [max(few_enough or plan.sizes)]
         for size in sizes:
             task = plan.task._replace(size=size, endpoints=endpoints)
             for turn in range(plan.rounds):
@@ -246,12 +253,13 @@ def _turn(
 ) -> None:
     size, usual = task.size, task.endpoints == workload.ENDPOINTS
     loads = known.setdefault((contender.name, FULL), {})
-    expected = predict(loads, size)
-    if usual and not contender.ours and size not in loads and expected > plan.patience:
+    expected = predict(loads, size) * task.endpoints / workload.ENDPOINTS
+    if (size not in loads or not usual) and expected > plan.patience:
         for (who, operation), seen in known.items():
-            if who == contender.name and seen and turn == 0:
-                key = Key("modes", size, operation, mark(who, seen))
-                records.add(key, predict(seen, size), calculated=True)
+            if who == contender.name and seen and turn == 0 and (usual or operation == FULL):
+                key = Key("modes", size, part(operation, task.endpoints), mark(who, seen))
+                share = 1 if usual else task.endpoints / workload.ENDPOINTS
+                records.add(key, predict(seen, size) * share, calculated=True)
         return
     if turn > 0 and (contender.slow or expected * (plan.rounds - 1) > plan.patience):
         return

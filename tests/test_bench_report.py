@@ -258,9 +258,9 @@ def test_what_would_take_too_long_is_calculated_and_marked(monkeypatch: pytest.M
         return {FULL: [Spent(task.size / 10 if contender.name == tool else 1e-3, 0.0)]}
 
     records = measured(monkeypatch, run, plan(contenders=[tool]))
-    assert asked == [(tool, 10), (tool, 40)]
+    assert asked == [(tool, 5), (tool, 10), (tool, 20)]
     (key,) = records.calculated
-    assert key == Key("modes", 100, FULL, f"{tool} (calculated from 10 and 40)")
+    assert key == Key("modes", 100, FULL, f"{tool} (calculated from 10 and 20)")
     assert records.samples[key] == [pytest.approx(10)]
 
 
