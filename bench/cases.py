@@ -5,14 +5,14 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-from . import end_to_end, operations, parts, traffic
+from . import end_to_end, kube_proxy, operations, parts, traffic
 from .contenders import CONTENDERS
 from .isolation import RunFailed, isolated
 from .progress import Progress
 from .raw import PlainSocket
 from .records import Key, Records
 from .stopwatch import measured
-from .variants import VARIANTS, available
+from .variants import VARIANTS, available, has_ipvs
 from .workload import ENDPOINTS
 
 EMPTY = bytes((16, 0, 0, 0, 1, 0, 5, 0)) + bytes(8)
@@ -127,12 +127,34 @@ def alone(settings: Wanted, records: Records, progress: Progress) -> None:
         records.add_all(Key("parts", size, "for each Service", name), values)
 
 
+def real_kube_proxy(settings: Wanted, records: Records, progress: Progress) -> None:
+    """kube-proxy with the Services of a cluster, where both were given."""
+    if settings.kube_proxy is None or settings.kubeconfig is None:
+        return
+    modes = [mode for mode in kube_proxy.MODES if mode != "ipvs" or has_ipvs()]
+    for mode in modes:
+        progress.say(f"kube-proxy: {mode}")
+        records.calibrate()
+        try:
+            found = kube_proxy.run(settings.kube_proxy, settings.kubeconfig, mode)
+        except RunFailed as error:
+            records.fail(f"kube-proxy, {mode}: {error}")
+            continue
+        for part, value, unit in (
+            ("start to first sync", found.start, "s"),
+            ("first sync, by its own clock", found.sync, "s"),
+            ("resident memory, most", found.memory, "MiB"),
+        ):
+            records.add(Key("kube-proxy", found.services, part, mode), value, unit)
+
+
 MORE_CASES: dict[str, Callable[[Wanted, Records, Progress], None]] = {
     "baseline": baseline,
     "modes": modes,
     "end-to-end": agents,
     "traffic": connections,
     "parts": alone,
+    "kube-proxy": real_kube_proxy,
 }
 
 

@@ -173,7 +173,10 @@ class Text:
     def load(self, everything: Update) -> Work:
         """The whole text lies ready."""
         self._shadow.take(everything)
-        return self._give(peers.texts(str(self._shadow.backend.compile(self._shadow.plan()))))
+        plan = self._shadow.plan()
+        text = str(self._shadow.backend.compile(plan))
+        self._shadow.held.apply(plan)
+        return self._give(peers.texts(text))
 
     def pair(self, do: Update, undo: Update) -> Iterator[Work]:
         """The text of each lies ready; then the shadow looks at what the tool has done."""

@@ -235,7 +235,7 @@ def measure(
                 for contender in chosen(plan, variants):
                     if contender.slow and turn == 0:
                         for few in FEW:
-                            if few < size and few > max(known.get((contender.name, FULL), {0: 0})):
+                            if few < size and few > max(known.get((contender.name, FULL)) or {0: 0}):
                                 _turn(contender, task._replace(size=few, endpoints=3), 0, plan, known, records, say)
                     if endpoints == workload.ENDPOINTS or contender.ours:
                         _turn(contender, task, turn, plan, known, records, say)

@@ -1,21 +1,25 @@
 """The bench's frame: what is kept, calculated, compared, shown. From fixed records; the last test measures a little."""
 
 import json
+import socket
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hdrh.histogram import HdrHistogram
 
-from bench import contenders, histograms, noise, operations, peers, pictures, report, summary, workload
+from bench import contenders, histograms, kube_proxy, noise, operations, peers, pictures, report, summary, workload
 from bench.__main__ import BASES, TARGETS, read_command_line
 from bench.aims import aims
 from bench.compare import Unlike, as_text, compare, find
 from bench.contenders import CONTENDERS
 from bench.extrapolation import mark, predict
-from bench.isolation import RunFailed
+from bench.isolation import RunFailed, isolated
 from bench.operations import FULL, REPLACE, Plan, Task
 from bench.records import Key, Records, base_of, table
 from bench.stopwatch import Spent
@@ -266,12 +270,76 @@ def test_what_would_take_too_long_is_calculated_and_marked(monkeypatch: pytest.M
 
 def test_the_command_line_tells_what_it_means() -> None:
     settings = read_command_line([])
-    assert settings.only == ["baseline", "modes", "end-to-end", "traffic", "parts"]
+    assert settings.only == ["baseline", "modes", "end-to-end", "traffic", "parts", "kube-proxy"]
     assert settings.endpoints == [3, 1, 50]
     assert {"program", "kinds", "modes"} <= set(read_command_line(["--only", "everything"]).only)
     with pytest.raises(SystemExit):
         read_command_line(["--kube-proxy", "/x"])
     assert json.dumps(settings.as_record())
+
+
+KUBECONFIG = """
+current-context: b
+contexts: [{name: a, context: {cluster: other}}, {name: b, context: {cluster: mine, user: me}}]
+clusters:
+- {name: other, cluster: {server: "https://elsewhere"}}
+- {name: mine, cluster: {server: "https://api.example:6443", certificate-authority-data: abc}}
+users: [{name: me, user: {token: secret}}]
+"""
+
+
+def test_kube_proxy_is_led_to_its_api_server_by_another_address() -> None:
+    text, server = kube_proxy.inside(KUBECONFIG, kube_proxy.INSIDE)
+    assert server == "api.example:6443"
+    document = yaml.safe_load(text)
+    assert document["clusters"][1]["cluster"] == {
+        "server": "https://127.0.0.1:16443",
+        "tls-server-name": "api.example",
+        "certificate-authority-data": "abc",
+    }
+    assert document["users"] == [{"name": "me", "user": {"token": "secret"}}]
+
+
+def test_the_first_sync_is_read_from_kube_proxys_metrics() -> None:
+    name = "kubeproxy_sync_proxy_rules_duration_seconds"
+    assert kube_proxy.first_sync(f'{name}_sum{{ip_family="IPv4"}} 1.5\n{name}_sum{{ip_family="IPv6"}} 0.25\n') == 1.75
+    assert kube_proxy.first_sync(f"# TYPE {name} histogram\n{name}_count 0\n") == 0
+
+
+@pytest.mark.root
+def test_a_relay_leads_out_of_a_namespace(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as outside:
+        way = str(tmp_path / "way")
+
+        def ask() -> bytes:
+            with kube_proxy.running(kube_proxy.relay(kube_proxy.INSIDE, way)):
+                limit = time.monotonic() + 30
+                while True:
+                    try:
+                        host, port = kube_proxy.INSIDE.split(":")
+                        with socket.create_connection((host, int(port)), timeout=30) as one:
+                            one.sendall(b"ping")
+                            return one.recv(10)
+                    except OSError:
+                        if time.monotonic() > limit:
+                            raise
+                        time.sleep(0.05)
+
+        def answer() -> None:
+            while True:
+                one, _ = outside.accept()
+                with one:
+                    if one.recv(10) == b"ping":
+                        one.sendall(b"pong")
+                        return
+
+        thread = threading.Thread(target=answer, daemon=True)
+        thread.start()
+        with kube_proxy.running(kube_proxy.relay(way, f"127.0.0.1:{outside.getsockname()[1]}")):
+            limit = time.monotonic() + 30
+            while not Path(way).exists() and time.monotonic() < limit:
+                time.sleep(0.05)
+            assert isolated(ask) == b"pong"
 
 
 @pytest.mark.root
