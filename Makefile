@@ -2,12 +2,13 @@
 .PHONY: help setup demo test check vm bench lock clean
 MAKEFLAGS += --no-print-directory
 PYTHON := .venv/bin/python
+OUT := bench-results
 ROOT := $(if $(filter 0,$(shell id -u)),,sudo -E)
 
 # Runs a command on a kernel that has IPVS: this one, or else the micro-VM's.
 define on_ipvs_kernel
 	@if $(ROOT) vagrant/has-ipvs.sh; then exec $(ROOT) $(1); \
-	else exec $(ROOT) vagrant/microvm.sh -c 2 -m 4096 -t 3600 -- $(1); fi
+	else exec $(ROOT) vagrant/microvm.sh $(2) -c 2 -m 4096 -t 3600 -- $(1); fi
 endef
 
 help: ## show this list
@@ -36,11 +37,12 @@ vm: setup ## run CMD='...' in the micro-VM; without CMD a shell there
 	@if [ -n "$$VM_COMMAND" ]; then exec $(ROOT) vagrant/microvm.sh -c 2 -m 4096 -t 3600 -- bash -c "$$VM_COMMAND"; \
 	else exec $(ROOT) vagrant/microvm.sh -c 2 -m 4096 -i; fi
 
-bench: setup ## measure, on a kernel with IPVS (ARGS=... for python -m bench)
-	$(call on_ipvs_kernel,$(PYTHON) -m bench $(ARGS))
+bench: setup ## all modes and the usual tools, on a kernel with IPVS (OUT=bench-results, ARGS=... for python -m bench)
+	@mkdir -p $(OUT)
+	$(call on_ipvs_kernel,$(PYTHON) -m bench --out $(OUT) $(ARGS),-o $(OUT))
 
 lock: ## resolve requirements.lock again (needs uv)
-	@uv pip compile -q --universal --generate-hashes --python-version 3.11 --extra dev --upgrade \
+	@uv pip compile -q --universal --generate-hashes --python-version 3.11 --extra dev --extra bench --upgrade \
 		--custom-compile-command 'make lock' pyproject.toml -o requirements.lock
 
 clean: ## remove what the other targets made in this folder

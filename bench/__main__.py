@@ -1,16 +1,36 @@
 """`python -m bench`: measure, show a table, keep every sample."""
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from . import changes, daemon, iptables_programming, kinds, looking, nft_programming, probe, programming, top
+from . import (
+    changes,
+    compare,
+    contenders,
+    daemon,
+    histograms,
+    iptables_programming,
+    kinds,
+    looking,
+    nft_programming,
+    probe,
+    programming,
+    report,
+    summary,
+    top,
+)
+from .aims import aims
+from .aims import as_text as aims_text
+from .cases import MORE_CASES, Wanted, steps
 from .isolation import RunFailed, isolated
 from .programming import family_id
-from .records import Key, Records, Target, metadata, table
+from .progress import Progress
+from .records import Bases, Key, Records, Target, place, table
 from .stopwatch import Spent
 
 TARGETS: tuple[Target, ...] = (
@@ -50,7 +70,8 @@ TARGETS += (
         for contender, most in (("with the probe", 1.02), ("the probe's own", 0.02))
     ),
 )
-BASES = {
+BASES: Bases = {
+    "modes": contenders.base,
     "program": "raw replay",
     "change": "floor",
     "nftables": "raw replay",
@@ -61,22 +82,22 @@ BASES = {
 }
 
 
-class Settings(argparse.Namespace):
+class Settings(Wanted):
     """The command line."""
 
     only: list[str]
-    sizes: list[int]
-    rounds: int
-    changes: int
     idle: float
     contenders: list[str]
     quick: bool
     out: Path | None
 
 
+_progress = Progress(0)
+
+
 def say(text: str) -> None:
     """Progress."""
-    print(text, file=sys.stderr, flush=True)
+    _progress.say(text)
 
 
 def measure_programming(settings: Settings, records: Records) -> None:
@@ -275,6 +296,11 @@ def _note(records: Records, key: Key, spent: Spent) -> None:
     records.add(key._replace(part=f"{key.part}, processor time"), spent.cpu)
 
 
+def _more(name: str) -> Callable[[Settings, Records], None]:
+    """A case of `cases`, with the progress of this run."""
+    return lambda settings, records: MORE_CASES[name](settings, records, _progress)
+
+
 IPVS_CASES = ("program", "change", "look", "agent")
 """Of ipvs mode, and for kernels that have it."""
 CASES: dict[str, Callable[[Settings, Records], None]] = {
@@ -288,50 +314,139 @@ CASES: dict[str, Callable[[Settings, Records], None]] = {
     "probe": measure_probe,
     "top": measure_top,
 }
+CASES |= {name: _more(name) for name in MORE_CASES}
+COMPARISON = tuple(MORE_CASES)
+"""What is measured unless --only says otherwise: all modes, and the usual tools, on this kernel."""
+QUICK = ("baseline", "modes", "traffic")
 
 
 def read_command_line(arguments: list[str] | None = None) -> Settings:
-    """The settings; --quick changes what is not given."""
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), help="cases to measure")
-    parser.add_argument("--sizes", type=lambda text: [int(each) for each in text.split(",")], metavar="N,N")
-    parser.add_argument("--rounds", type=int, help="rounds of all contenders (5)")
+    """The settings; --quick changes what is not given, and so does an emulated machine."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench",
+        description="What it costs to maintain the rules, in every mode, beside the usual tools.",
+        epilog="python -m bench compare A B: two runs of one machine. python -m bench report FILE... --out DIR: the "
+        "report of runs made before. How everything is measured: bench/README.md",
+    )
+    every = {each.name for each in programming.CONTENDERS} | {each.name for each in contenders.CONTENDERS}
+    numbers = lambda text: [int(each) for each in text.split(",")]  # noqa: E731
+    parser.add_argument(
+        "--only", nargs="+", choices=[*CASES, "everything"], default=None, help="cases to measure", metavar="CASE"
+    )
+    parser.add_argument("--sizes", type=numbers, metavar="N,N", help="numbers of Services")
+    parser.add_argument("--agent-sizes", type=numbers, metavar="N,N", help="the same for the agent and its traffic")
+    parser.add_argument("--endpoints", type=numbers, metavar="N,N", help="endpoints of each (3; modes: 1, 3 and 50)")
+    parser.add_argument("--rounds", type=int, help="rounds of all contenders (3)")
     parser.add_argument("--changes", type=int, help="changes of each kind (300)")
     parser.add_argument("--idle", type=float, help="seconds of idleness watched (60)")
-    parser.add_argument(
-        "--contenders", nargs="+", choices=[each.name for each in programming.CONTENDERS], default=[], metavar="NAME"
-    )
-    parser.add_argument("--quick", action="store_true", help="small sizes, few rounds: does everything still work?")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for a file of JSON lines, every sample one")
+    parser.add_argument("--seconds", type=float, help="repetitions of one operation stop after these (3)")
+    parser.add_argument("--patience", type=float, help="longer full programming is calculated, not measured (100 s)")
+    parser.add_argument("--rate", type=float, help="changes a second of churn (100; in the micro-VM 20)")
+    parser.add_argument("--seed", type=int, default=1, help="draws which Services change (1)")
+    parser.add_argument("--contenders", nargs="+", choices=sorted(every), default=[], metavar="NAME")
+    parser.add_argument("--kube-proxy", type=Path, metavar="BINARY", help="measure this kube-proxy too")
+    parser.add_argument("--kubeconfig", type=Path, metavar="FILE", help="of the cluster whose Services it programs")
+    parser.add_argument("--quick", action="store_true", help="under two minutes: one table, one picture")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the report, pictures and every sample")
     settings = parser.parse_args(arguments, Settings())
-    quick = settings.quick
-    settings.sizes = settings.sizes or ([100, 500] if quick else [100, 1000, 10000])
-    settings.rounds = settings.rounds or (2 if quick else 5)
+    if bool(settings.kube_proxy) != bool(settings.kubeconfig):
+        parser.error("--kube-proxy and --kubeconfig need each other")
+    quick, slow = settings.quick, os.environ.get("DATAPLANE_GUEST") == "1"
+    settings.only = settings.only or list(QUICK if quick else COMPARISON)
+    if "everything" in settings.only:
+        settings.only = list(CASES)
+    settings.sizes = settings.sizes or ([30, 300] if quick and slow else [100, 500] if quick else [100, 1000, 10000])
+    settings.agent_sizes = settings.agent_sizes or settings.sizes
+    settings.endpoints = settings.endpoints or ([3] if quick else [3, 1, 50])
+    settings.rounds = settings.rounds or (1 if quick else 3)
     settings.changes = settings.changes or (50 if quick else 300)
     settings.idle = settings.idle or (5 if quick else 60)
+    settings.seconds = settings.seconds or (0.3 if quick else 3)
+    settings.patience = settings.patience or (3 if quick else 100)
+    settings.rate = settings.rate or (20 if slow else 100)
     return settings
 
 
+def _read(names: list[str]) -> list[Records]:
+    return [Records.read(compare.find(Path(name))) for name in names]
+
+
+def compare_command(arguments: list[str]) -> int:
+    """`compare A B`: 0, or 2 when they are of unlike machines."""
+    parser = argparse.ArgumentParser(prog="python -m bench compare", description=compare.__doc__)
+    parser.add_argument("before", help="file of records, or a folder with one")
+    parser.add_argument("after")
+    given = parser.parse_args(arguments)
+    try:
+        print(compare.as_text(*_read([given.before, given.after])))
+    except (compare.Unlike, FileNotFoundError) as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def report_command(arguments: list[str]) -> int:
+    """`report FILE… --out DIR`."""
+    parser = argparse.ArgumentParser(prog="python -m bench report", description=report.__doc__)
+    parser.add_argument("runs", nargs="+", help="files of records, or folders with one each")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    given = parser.parse_args(arguments)
+    print(report.write(_read(given.runs), given.out, BASES, TARGETS))
+    return 0
+
+
+def _write_results(records: Records, settings: Settings) -> None:
+    """Everything but the samples, which are there already."""
+    assert settings.out is not None
+    only = ("latency",) if settings.quick else None
+    page = report.write([records], settings.out, BASES, TARGETS, only)
+    histograms.write(records, settings.out / "samples.hdr.log")
+    (settings.out / "table.txt").write_text(table(records, BASES, TARGETS))
+    say(f"bench: {page}")
+
+
 def main() -> int:
-    """0: everything was measured; 1: something failed; 2: this kernel cannot do it."""
+    """0: everything was measured; 1: something failed; 2: this kernel cannot do it, or was asked nonsense."""
+    global _progress
+    given = sys.argv[1:]
+    if given[:1] == ["compare"]:
+        return compare_command(given[1:])
+    if given[:1] == ["report"]:
+        return report_command(given[1:])
     settings = read_command_line()
+    if os.geteuid() != 0:
+        say("bench: root is needed, for network namespaces")
+        return 2
     if any(name in IPVS_CASES for name in settings.only):
         try:
-            isolated(family_id)
+            isolated(family_id, quiet=True)
         except (RunFailed, OSError) as error:
             rest = " ".join(sorted(CASES.keys() - set(IPVS_CASES)))
-            say(f"bench: root and a kernel with IPVS are needed, or --only {rest}: {error}")
+            say(f"bench: a kernel with IPVS is needed, or --only {rest}: {error}")
             return 2
-    records = Records(settings.out)
+    records = Records(settings.out, settings.as_record())
     began = time.monotonic()
-    for name in settings.only:
-        CASES[name](settings, records)
+    with Progress(sum(steps(name, settings) for name in settings.only)) as _progress:
+        for name in settings.only:
+            for _ in range(3):
+                records.calibrate()
+            try:
+                CASES[name](settings, records)
+            except RunFailed as error:
+                records.fail(f"{name}: {error}")
+            _progress.step()
     records.close()
-    about = metadata()
-    print(f"kernel {about['kernel']}, Python {about['python']}, {about['cpus']} × {about['cpu']}, {about['commit']}")
-    print(table(records, BASES, TARGETS))
+    print(f"{place(records.metadata)}, {records.metadata['commit']}")
+    verdict = records.verdict()
+    print(f"{'NOISY MACHINE' if verdict.noisy else 'quiet machine'}: {verdict.words}")
+    if not settings.quick:
+        print(table(records, BASES, TARGETS))
+    print(summary.as_text(records))
+    print(aims_text(aims(records)))
     for failure in records.failures:
         print(f"FAILED: {failure}")
+    if settings.out is not None:
+        _write_results(records, settings)
     say(f"bench: {time.monotonic() - began:.0f} s")
     return 1 if records.failures else 0
 

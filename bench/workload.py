@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from msgspec.structs import replace
+
 from dataplane.desired import Rules, virtual_servers
 from dataplane.ipvsadm_text import real_rule, server_rule
 from dataplane.model import (
@@ -23,6 +25,7 @@ from dataplane.model import (
 
 ENDPOINTS = 3
 NODE = "node-0"
+MOST_ENDPOINTS = 64
 NODES = 64
 """Endpoints are spread over so many nodes, so a few of them are local to NODE, as on a real one."""
 RULES = Rules(node_name=NODE)
@@ -51,6 +54,21 @@ def view(number: int, weights: tuple[int, ...] = (1,) * ENDPOINTS, replaced: int
     ports = (EndpointPort("http", Protocol.TCP, 8080),)
     one = EndpointSlice(ObjectName("bench", f"service-{number}-0"), name, Family.IPV4, ports, endpoints)
     return ServiceView(Service(name, cluster_ips=(vip(number),), ports=(port,)), (one,))
+
+
+def sized(number: int, endpoints: int, replaced: int = 0) -> ServiceView:
+    """The same with any number of endpoints; beyond the usual ones they come from the top of the range."""
+    usual = view(number, replaced=replaced)
+    (one,) = usual.slices
+    more = tuple(
+        Endpoint(Address((0x0B000000 + number * MOST_ENDPOINTS + index).to_bytes(4)), node=f"node-{index % NODES}")
+        for index in range(ENDPOINTS, endpoints)
+    )
+    return (
+        usual
+        if endpoints == ENDPOINTS
+        else replace(usual, slices=(replace(one, endpoints=one.endpoints[:endpoints] + more),))
+    )
 
 
 def nodes(number: int) -> set[str]:

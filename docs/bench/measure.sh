@@ -1,0 +1,32 @@
+#!/bin/bash
+# measure.sh [native|vm|report]: makes what is in this folder again, about a quarter of an hour each.
+# native: nftables and iptables on this machine's kernel. vm: all modes on one kernel, in the micro-VM, with sizes that fit
+# its speed; processes started line by line are left to the native run there. report: one page of both.
+set -euo pipefail
+cd "$(dirname "$(readlink -f "$0")")/../.."
+python=.venv/bin/python out=docs/bench
+common=(--rounds 1 --patience 25)
+vm_contenders=(
+  "ipvs: raw replay" "nftables: raw replay" "iptables-legacy: iptables-restore by hand"
+  "iptables-nft: iptables-restore by hand" "ipvs" "ipvs, routes" "nftables" "iptables-legacy" "iptables-nft"
+  "ipvs: ipvsadm -R" "ipvs: ipvsadm, one by one" "ipvs: pyroute2" "nftables: nft -f, same rules"
+  "nftables: libnftables, same rules" "nftables: nft -f, kube-proxy's layout"
+)
+for what in "${@:-native vm report}"; do
+  for one in $what; do
+    case $one in
+      native)
+        $python -m bench "${common[@]}" --sizes 100,1000,10000,40000 --agent-sizes 1000,10000 --seconds 2 \
+          --out "$out/native"
+        ;;
+      vm)
+        mkdir -p "$out/vm"
+        vagrant/microvm.sh -o "$out/vm" -c 2 -m 4096 -t 3600 -- $python -m bench "${common[@]}" \
+          --sizes 100,1000,10000 --agent-sizes 100,1000 --endpoints 3 --seconds 1 --changes 100 \
+          --contenders "${vm_contenders[@]}" --out "$out/vm"
+        ;;
+      report) $python -m bench report "$out/native" "$out/vm" --out "$out" ;;
+      *) sed -n '2,4s/^# //p' "$0"; exit 2 ;;
+    esac
+  done
+done
