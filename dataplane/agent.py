@@ -57,6 +57,9 @@ class AgentOptions(Struct, frozen=True):
 class Source(Protocol):
     """Where Services come from (manifest files, a Kubernetes API)."""
 
+    async def ready(self) -> None:
+        """Return when `read` has everything: at once, or when a server has told all."""
+
     def read(self) -> Update:
         """Everything that changed since the last read; the first time, everything."""
 
@@ -66,6 +69,12 @@ class Source(Protocol):
     @property
     def problems(self) -> tuple[Problem, ...]:
         """All that is wrong with the input at this moment."""
+
+    def status(self) -> dict[str, Any]:
+        """For `dataplane status`: which source it is (`kind`), and how it goes."""
+
+    async def close(self) -> None:
+        """Let go of everything."""
 
 
 class Node(Protocol):
@@ -191,31 +200,49 @@ class Agent:
                 self._log.warning("nobody can ask", error=printable(str(error)))
             if self._web is not None:
                 self._web.start()
-            reader = asyncio.create_task(self._read_source())
+            reader = None
             try:
-                self._begin()
-                await self._follow_health_checks()
-                watched = dict.fromkeys(self._reconciler.backend.monitors(), self._kernel_spoke)
-                if self._node is not None:
-                    watched[self._node.fileno()] = self._node_spoke
-                for descriptor, heed in watched.items():
-                    loop.add_reader(descriptor, heed)
-                self._prober.begin()
-                await self._work(reader)
-                for descriptor in watched:
-                    loop.remove_reader(descriptor)
+                if await self._has_source():
+                    # no pause between these two, so that everything reaches the first sync
+                    reader = asyncio.create_task(self._read_source())
+                    self._begin()
+                    await self._follow_health_checks()
+                    watched = dict.fromkeys(self._reconciler.backend.monitors(), self._kernel_spoke)
+                    if self._node is not None:
+                        watched[self._node.fileno()] = self._node_spoke
+                    for descriptor, heed in watched.items():
+                        loop.add_reader(descriptor, heed)
+                    self._prober.begin()
+                    await self._work(reader)
+                    for descriptor in watched:
+                        loop.remove_reader(descriptor)
             finally:
                 if self._web is not None:
                     self._web.close()
-                reader.cancel()
-                with contextlib.suppress(asyncio.CancelledError, Exception):
-                    await reader
+                if reader is not None:
+                    reader.cancel()
+                    with contextlib.suppress(asyncio.CancelledError, Exception):
+                        await reader
+                await self._source.close()
                 await self._control.close()
                 holder.close()
                 self._prober.end()
                 self._looks.close()
                 await self._health.close()
         self._log.info("stopped", mode=self._reconciler.backend.mode, kernel="left as it is")
+
+    async def _has_source(self) -> bool:
+        """Wait for the source; False when told to stop before it was ready."""
+        ready = asyncio.create_task(self._source.ready())
+        stop = asyncio.create_task(self._stop.wait())
+        try:
+            await asyncio.wait((ready, stop), return_when=asyncio.FIRST_COMPLETED)
+            if ready.done():
+                ready.result()
+            return ready.done() and not self._stop.is_set()
+        finally:
+            for task in (ready, stop):
+                task.cancel()
 
     def _begin(self) -> None:
         """First sync: the source is read before anything is compared, so nothing is deleted for want of news."""
@@ -426,6 +453,7 @@ class Agent:
             "lastSync": sync_fields(last, reconciler.backend.mode) if last else None,
             "lastError": self._last_error,
             "healthy": self._is_healthy(),
+            "source": self._source.status(),
             "virtualServers": len(reconciler.held.servers),
             "wantedVirtualServers": len(reconciler.desired.servers),
             "draining": len(reconciler.drains.deadlines),

@@ -69,6 +69,15 @@ class Configuration(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     manifests: Annotated[
         tuple[str, ...], Meta(description="Files and directories of manifests; relative to this file.")
     ] = ()
+    kubeconfig: Annotated[
+        str, Meta(description="Or: a kubeconfig of the Kubernetes API to watch; relative to this file.")
+    ] = ""
+    in_cluster: Annotated[
+        bool, Meta(description="Or: watch the Kubernetes API by the service account of the pod that this runs in.")
+    ] = False
+    kubeconfig_exec: Annotated[
+        bool, Meta(description="Allow the kubeconfig to name a program that gives the credentials (exec).")
+    ] = False
     node_name: Annotated[
         str, Meta(max_length=253, description="This node's name in endpoints; by default the host name, lower-cased.")
     ] = ""
@@ -222,7 +231,8 @@ def read_configuration(path: str) -> Configuration:
         )
     folder = Path(path).parent
     manifests = tuple(str(folder / each) for each in settings.manifests)  # an absolute path stays what it is
-    return msgspec.structs.replace(settings, manifests=manifests)
+    kubeconfig = str(folder / Path(settings.kubeconfig).expanduser()) if settings.kubeconfig else ""
+    return msgspec.structs.replace(settings, manifests=manifests, kubeconfig=kubeconfig)
 
 
 def metrics_listen(text: str) -> Listen | None:

@@ -19,6 +19,7 @@ from .options import (
     kernel_options,
     make_reconciler,
     metrics_address,
+    open_cluster,
     open_kernel,
     open_source,
     open_switch,
@@ -36,9 +37,16 @@ if TYPE_CHECKING:
     from ..reconciler import Reconciler
 
 
-@click.command(short_help="Keep the kernel as the manifests say (daemon).")
+@click.command(short_help="Keep the kernel as the manifests or the Kubernetes API say (daemon).")
 @common_options
 @source_options
+@click.option("--kubeconfig", metavar="FILE", help="Instead of manifests: watch the Kubernetes API this file names.")
+@click.option(
+    "--in-cluster", is_flag=True, default=None, help="Or: watch the Kubernetes API by this pod's service account."
+)
+@click.option(
+    "--kubeconfig-exec", is_flag=True, default=None, help="Run the program that a kubeconfig names for credentials."
+)
 @kernel_options
 @click.option(
     "--resync-seconds",
@@ -71,10 +79,12 @@ def run(ctx: click.Context, /, config_file: str | None, **given: Any) -> None:
     """\b
     dataplane run -f /etc/dataplane/services.d
     dataplane run --config /etc/dataplane/config.yaml
+    dataplane run --kubeconfig /etc/kubernetes/proxy.conf --mode nftables
 
-    Watches the manifests, programs the kernel, repairs what others change, and lets removed real servers finish their
-    connections. SIGTERM ends it and leaves the kernel as it is; SIGHUP reads everything again. Started with another
-    --mode than before, it programs that mode and then lets the other one go: no connection fails.
+    Watches the manifests, or Services and EndpointSlices of a Kubernetes API, programs the kernel, repairs what others
+    change, and lets removed real servers finish their connections. While the API cannot be reached nothing changes.
+    SIGTERM ends it and leaves the kernel as it is; SIGHUP reads everything again. Started with another --mode than
+    before, it programs that mode and then lets the other one go: no connection fails.
     """
     import asyncio
 
@@ -85,8 +95,8 @@ def run(ctx: click.Context, /, config_file: str | None, **given: Any) -> None:
     from ..web_child import WebChild
 
     settings = settle(config_file, given)
-    source = open_source(settings)
     log = open_journal(settings.log_format, verbose=bool(ctx.meta.get(VERBOSE)))
+    source = open_cluster(settings, log) or open_source(settings)
     backend = open_kernel(settings)
     reconciler = make_reconciler(settings, backend)
     try:
