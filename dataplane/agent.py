@@ -397,6 +397,7 @@ class Agent:
     # -------------------------------------------------------------------------------------------------------- telling
 
     def _report(self, report: SyncReport) -> None:
+        held_back_anew = report.held_back and (self._last is None or report.held_back != self._last.held_back)
         self._last = report
         self._synced_at = time.time()
         self._figures.sync(
@@ -407,7 +408,7 @@ class Agent:
             self._backoff = min(self._backoff * 2, BACKOFF_MOST)
         else:
             self._retry_at, self._backoff, self._last_error = None, BACKOFF_LEAST, ""
-        if report.result == "unchanged" and report.cause not in ("start", "reload"):
+        if report.result == "unchanged" and report.cause not in ("start", "reload") and not held_back_anew:
             return
         fields = sync_fields(report, self._reconciler.backend.mode)
         if report.failed or report.blocked or report.held_back:
