@@ -59,14 +59,41 @@ def attached(kind: str) -> DnatHits:
         return start.finish()
 
 
+class Probes:
+    """One probe at a time: compiling takes long where it is emulated, and kretprobes lose hits beside other programs."""
+
+    def __init__(self, world: Topology) -> None:
+        self._world = world
+        self._kind = ""
+        self._open = contextlib.ExitStack()
+        self._probe: DnatHits | None = None
+
+    def of(self, kind: str) -> DnatHits:
+        """The one that is there, or another in its place."""
+        if self._probe is None or self._kind != kind:
+            self.close()
+            with self._world.node.enter():
+                self._probe = self._open.enter_context(behind_dnat() if kind == "netfilter" else attached(kind))
+            self._probe.expect(ADDRESSES.values())
+            self._kind = kind
+        return self._probe
+
+    def close(self) -> None:
+        self._open.close()
+        self._probe = None
+
+
 @pytest.fixture(scope="module")
-def hits(world: Topology, request: pytest.FixtureRequest) -> Iterator[DnatHits]:
-    with contextlib.ExitStack() as stack:
-        with world.node.enter():
-            probe = behind_dnat() if request.param == "netfilter" else attached(request.param)
-            opened = stack.enter_context(probe)
-        opened.expect(ADDRESSES.values())
-        yield opened
+def probes(world: Topology) -> Iterator[Probes]:
+    opened = Probes(world)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def hits(probes: Probes, request: pytest.FixtureRequest) -> DnatHits:
+    kind: str = request.param
+    return probes.of(kind)
 
 
 # ---------------------------------------------------------------------------------------------------- what is counted
