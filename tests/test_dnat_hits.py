@@ -60,7 +60,7 @@ def attached(kind: str) -> DnatHits:
 
 
 class Probes:
-    """One probe at a time: compiling takes long where it is emulated, and kretprobes lose hits beside other programs."""
+    """One probe at a time: compiling takes long where it is emulated, and kretprobes lose hits beside others."""
 
     def __init__(self, world: Topology) -> None:
         self._world = world
@@ -92,6 +92,14 @@ def probes(world: Topology) -> Iterator[Probes]:
 
 @pytest.fixture
 def hits(probes: Probes, request: pytest.FixtureRequest) -> DnatHits:
+    kind: str = request.param
+    return probes.of(kind)
+
+
+@pytest.fixture
+def fresh(probes: Probes, request: pytest.FixtureRequest) -> DnatHits:
+    """One that remembers nothing of the tests before."""
+    probes.close()
     kind: str = request.param
     return probes.of(kind)
 
@@ -192,17 +200,15 @@ def test_totals_go_on_when_slots_are_taken_back(hits: DnatHits, world: Topology,
         assert all(by_backend(hits.read(), TCP)[address] == wanted[address] for address in by_backend(hits.read(), TCP))
 
 
-@everywhere
-def test_full_speed_while_backends_change(
-    hits: DnatHits, world: Topology, lane: Lane, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(("fresh", "lane"), CASES, indirect=["fresh"])
+def test_full_speed_while_backends_change(fresh: DnatHits, world: Topology, lane: Lane) -> None:
     """Every connection is a hit, and no value ever falls."""
-    monkeypatch.setattr("tests.storm._PAUSE", 0)  # there is no agent that needs a turn
+    hits = fresh
     full = 200_000 if "DATAPLANE_GUEST" in os.environ else 1_000_000
     before, seen = hits.read(), hits.read()
     vips = (VIP, VIP6)
     with programmed(world, lane) as backend:
-        with storm(world.client, vips, 80, long_lived=4) as running:
+        with storm(world.client, vips, 80, long_lived=4, pause=0) as running:
             for turn in range(8):
                 running.wait_for(scaled(full) * (turn + 1) // 8, 3600)
                 with world.node.enter():
