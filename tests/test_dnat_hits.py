@@ -44,6 +44,7 @@ CASES = [pytest.param("netfilter", lane, marks=pytest.mark.root, id=f"netfilter-
     for lane in lanes
 ]
 everywhere = pytest.mark.parametrize(("hits", "lane"), CASES, indirect=["hits"])
+anew = pytest.mark.parametrize(("fresh", "lane"), CASES, indirect=["fresh"])
 
 
 @pytest.fixture(scope="module")
@@ -186,8 +187,9 @@ def test_what_is_not_expected_any_more_gets_no_new_counters(hits: DnatHits, worl
     hits.expect([TCP])
 
 
-@everywhere
-def test_totals_go_on_when_slots_are_taken_back(hits: DnatHits, world: Topology, lane: Lane) -> None:
+@anew
+def test_totals_go_on_when_slots_are_taken_back(fresh: DnatHits, world: Topology, lane: Lane) -> None:
+    hits = fresh
     with programmed(world, lane):
         client = Caller(world.client)
         client.tally(12, VIP, 80)
@@ -200,7 +202,7 @@ def test_totals_go_on_when_slots_are_taken_back(hits: DnatHits, world: Topology,
         assert all(by_backend(hits.read(), TCP)[address] == wanted[address] for address in by_backend(hits.read(), TCP))
 
 
-@pytest.mark.parametrize(("fresh", "lane"), CASES, indirect=["fresh"])
+@anew
 def test_full_speed_while_backends_change(fresh: DnatHits, world: Topology, lane: Lane) -> None:
     """Every connection is a hit, and no value ever falls."""
     hits = fresh
