@@ -47,7 +47,7 @@ class Tally:
     def take(self, at: VirtualAddress, seen: Mapping[RealServerAt, int]) -> tuple[dict[RealServerAt, int], int]:
         """The source's numbers for one virtual server at this moment; a real server that they lack is gone for now.
 
-        Returns the totals of those that are here, and that of the virtual server.
+        Returns the totals of all that are known by name, and that of the virtual server.
         """
         totals = self._servers.get(at)
         if totals is None:
@@ -67,8 +67,8 @@ class Tally:
         if surplus > 0:
             for backend in [backend for backend in last if backend not in seen][:surplus]:
                 totals.summed += last.pop(backend) + before.pop(backend, 0)
-        here = {backend: value + before.get(backend, 0) for backend, value in seen.items()}
-        return here, totals.summed + sum(last.values()) + sum(before.values())
+        named = {backend: value + before.get(backend, 0) for backend, value in last.items()}
+        return named, totals.summed + sum(last.values()) + sum(before.values())
 
     def forget(self, at: VirtualAddress) -> None:
         """A virtual server is gone; its totals are kept for a while, in case it comes back."""

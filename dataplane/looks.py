@@ -168,8 +168,9 @@ class Looks:
                 counted = {backend: count for backend, count in counted.items() if backend not in elsewhere}
                 if at.inside:
                     counted = {backend: count for backend, count in counted.items() if backend in mine}
-            counted = {backend: counted.get(backend, 0) for backend in (*_backends(report.server), *counted)}
-            return tally.take(at, counted)
+            # a real server that the probe does not name may have been counted before: it is unknown, and not at 0
+            named, total = tally.take(at, counted)
+            return dict.fromkeys(_backends(report.server), 0) | named, total
 
         return hits
 

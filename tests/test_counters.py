@@ -21,7 +21,8 @@ def after(*readings: Reading, room: int = 100, remembers: bool = False) -> tuple
     tally = Tally(room, remembers=remembers)
     for reading in readings:
         here, total = tally.take(AT, named(reading))
-    return {address[-1]: value for (address, _), value in here.items()}, total
+    known = {address[-1]: value for (address, _), value in here.items()}
+    return {number: known[number] for number in readings[-1]}, total
 
 
 def test_a_total_is_what_the_source_says() -> None:

@@ -234,6 +234,22 @@ def test_room_is_given_back_of_what_no_virtual_server_has_and_totals_stay() -> N
     assert looks.look().services[0].hits == 3
 
 
+def test_who_comes_back_after_its_room_was_given_back_is_not_counted_twice() -> None:
+    fake, probe = kernel(LINE), FakeProbe()
+    looks = Looks(fake, dict)
+    looks.use(probe, fake.servers)
+    way: Way = (6, POOL["10.0.0.1"], 80, POOL["10.1.0.2"], 80)
+    found = []
+    for count in (
+        5,
+        None,
+        7,
+    ):  # counted; gone from the probe's reading, and back in the kernel without a hit; counted on
+        probe.hits = {} if count is None else {way: count}
+        found.append(hits(looks.look())["10.0.0.1:80/TCP"]["10.1.0.2:80"])
+    assert found == [5, 5, 7]
+
+
 def test_a_kernel_that_refuses_to_watch_an_address_does_not_stop_its_programming() -> None:
     fake, probe = Kernel(), FakeProbe()
 
