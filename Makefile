@@ -21,6 +21,7 @@ demo: setup ## Services, endpoints and connections through them, on a kernel wit
 	$(call on_ipvs_kernel,.venv/bin/dataplane demo $(ARGS))
 
 test: setup ## every test, a missing kernel feature being a failure (ARGS=... for pytest)
+	@vagrant/provision.sh --no-venv --tests
 	@$(ROOT) env DATAPLANE_REQUIRE_KERNEL=1 $(PYTHON) -m pytest $(ARGS)
 
 check: setup ## what needs neither root nor a special kernel: lint, types, fast tests

@@ -34,7 +34,7 @@ def run(size: int, idle_seconds: float) -> Figures:
 
 def arguments(path: Path) -> list[str]:
     """The agent's command line, as a user gives it."""
-    return ["run", "-f", str(path), "--node-name", workload.NODE, "--log-format", "json"]
+    return ["run", "-f", str(path), "--node-name", workload.NODE, "--log-format", "json", "--metrics-bind-address", ""]
 
 
 def _first_start(size: int, path: Path, idle_seconds: float) -> Figures:

@@ -2,7 +2,8 @@
 
 Each kind has a namespace of its own in which all Services are of that kind; the kinds take turns, round by round. What
 is measured is the whole way from a source's update to the kernel's ACK (`take`, plan, commit), beside that of Services
-with nothing but a cluster IP in the same run.
+with nothing but a cluster IP in the same run. The floor is what the kernel needs: the bytes that ours sends for the
+same changes, ready before the clock starts, sent by plain sockets.
 """
 
 import time
@@ -24,10 +25,14 @@ from dataplane.model import (
     parse_address,
     parse_network,
 )
+from dataplane.netlink_socket import NETLINK_GENERIC, NETLINK_NETFILTER, NETLINK_ROUTE
 from dataplane.reconciler import Reconciler
 
 from . import workload
 from .isolation import RunFailed, isolated
+from .nft_programming import without_generation
+from .raw import PlainSocket, Sent, replay
+from .watching import record
 
 WARM_UP = 20
 RULES = Rules(
@@ -91,18 +96,24 @@ def view(kind: Kind, number: int, replaced: int = 0) -> ServiceView:
     return replace(plain, service=service)
 
 
+def _prepared(mode: str, kind: Kind, size: int) -> tuple[Reconciler, list[ObjectName]]:
+    """All Services in the kernel, and their names."""
+    backend = open_backend(mode, Options(cluster_cidrs=(parse_network("10.128.0.0/9"),)))
+    reconciler = Reconciler(backend, RULES, allow_mass_delete=True)
+    backend.prepare()
+    reconciler.observe()
+    names = [ObjectName("bench", f"service-{number}") for number in range(size)]
+    reconciler.take(Update({name: view(kind, number) for number, name in enumerate(names)}))
+    if reconciler.sync("bench").result != "committed":
+        raise RunFailed(f"{kind.name}: the first sync failed")
+    return reconciler, names
+
+
 def run(mode: str, kind: Kind, size: int, count: int) -> list[float]:
     """Seconds of `count` changes among `size` Services, each from a source's update to the kernel's ACK."""
 
     def work() -> list[float]:
-        backend = open_backend(mode, Options(cluster_cidrs=(parse_network("10.128.0.0/9"),)))
-        reconciler = Reconciler(backend, RULES, allow_mass_delete=True)
-        backend.prepare()
-        reconciler.observe()
-        names = [ObjectName("bench", f"service-{number}") for number in range(size)]
-        reconciler.take(Update({name: view(kind, number) for number, name in enumerate(names)}))
-        if reconciler.sync("bench").result != "committed":
-            raise RunFailed(f"{kind.name}: the first sync failed")
+        reconciler, names = _prepared(mode, kind, size)
         samples = []
         for turn in range(count + WARM_UP):
             number = turn * 37 % size
@@ -114,6 +125,37 @@ def run(mode: str, kind: Kind, size: int, count: int) -> list[float]:
                 raise RunFailed(f"{kind.name}: change {turn} ended {report.result}: {report.failed}")
         if reconciler.verify("bench").result != "unchanged":
             raise RunFailed(f"{kind.name}: the kernel holds something else than it should")
+        return samples[WARM_UP:]
+
+    return isolated(work)
+
+
+def floor(mode: str, kind: Kind, size: int, count: int) -> list[float]:
+    """Seconds of the same changes as `run` makes, by bytes that lie ready."""
+
+    def work() -> list[float]:
+        reconciler, names = _prepared(mode, kind, size)
+        sent = record()
+        changes: list[tuple[list[Sent], list[Sent]]] = []
+        for turn in range(count + WARM_UP):
+            number = turn * 37 % size
+            both = []
+            for replaced in (1 + turn % 500, 0):  # there and back
+                sent.clear()
+                update = Update({names[number]: view(kind, number, replaced=replaced)})
+                if reconciler.sync("bench", reconciler.take(update)).result != "committed":
+                    raise RunFailed(f"{kind.name}: change {turn} failed")
+                both.append([each._replace(data=without_generation(each.data)) for each in sent])
+            changes.append((both[0], both[1]))
+        sockets = {number: PlainSocket(number) for number in (NETLINK_GENERIC, NETLINK_ROUTE, NETLINK_NETFILTER)}
+        samples = []
+        for do, undo in changes:
+            started = time.perf_counter()
+            replay(do, sockets)
+            samples.append(time.perf_counter() - started)
+            replay(undo, sockets)
+            for plain in sockets.values():
+                plain.drain()
         return samples[WARM_UP:]
 
     return isolated(work)

@@ -1,7 +1,7 @@
 """kube-proxy itself, when a binary and a kubeconfig are given: `--kube-proxy BINARY --kubeconfig FILE`.
 
-It programs the Services of that cluster, whatever they are, in a network namespace of its own, from which `bench.relay`
-leads to the API server. What is measured: from its start until it says that its first sync is over, and that sync by
+It programs the Services of that cluster, whatever they are, in a network namespace of its own that reaches the API
+server by `bench.relay`. What is measured: from its start until it says that its first sync is over, and that sync by
 its own clock. How many Services there are is counted in the kernel afterwards.
 """
 

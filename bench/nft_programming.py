@@ -14,6 +14,7 @@ from typing import Any
 
 from dataplane.backend import Backend, open_backend
 from dataplane.model import Address, RealServer, VirtualServer, format_address
+from dataplane.netlink_nftables import BATCH_BEGIN
 from dataplane.netlink_socket import NETLINK_NETFILTER
 from dataplane.plan import State, diff
 
@@ -69,7 +70,7 @@ def recorded(size: int) -> bytes:
         sent = record()
         backend.commit(transaction)
         (batch,) = [each.data for each in sent if len(each.data) > 1000]
-        return _without_generation(batch)
+        return without_generation(batch)
 
     return isolated(work)
 
@@ -80,7 +81,10 @@ def _verify(backend: Backend, size: int) -> None:
         raise RunFailed(f"{found} servers in the table instead of {size}")
 
 
-def _without_generation(batch: bytes) -> bytes:
+def without_generation(batch: bytes) -> bytes:
+    """An nf_tables batch for whatever generation there is; other bytes stay as they are."""
+    if int.from_bytes(batch[4:6], sys.byteorder) != BATCH_BEGIN:
+        return batch
     length = int.from_bytes(batch[:4], sys.byteorder)
     return (20).to_bytes(4, sys.byteorder) + batch[4:20] + batch[length:]
 

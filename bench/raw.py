@@ -3,6 +3,7 @@
 No class of ours is used here on purpose: this is what our own code is measured against.
 """
 
+import contextlib
 import os
 import socket
 import struct
@@ -42,6 +43,12 @@ class PlainSocket:
             (code,) = struct.unpack_from("=i", self._buffer, 16)
             if code:
                 raise OSError(-code, os.strerror(-code))
+
+    def drain(self) -> None:
+        """Read what else has been answered."""
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                self._socket.recv_into(self._buffer, 0, socket.MSG_DONTWAIT)
 
     def close(self) -> None:
         """Give the descriptor back."""

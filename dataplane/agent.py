@@ -11,7 +11,6 @@ vanishes with the process. Questions are answered on a socket of their own (`con
 
 import asyncio
 import contextlib
-import ctypes
 import gc
 import json
 import os
@@ -28,7 +27,9 @@ from .control_socket import ControlClient
 from .desired import Rules
 from .drain import DrainKey
 from .errors import DataplaneError
+from .figures import Figures
 from .health_responder import HealthResponder
+from .libc_malloc import give_memory_back
 from .looks import Looks
 from .model import Problem, Update, VirtualAddress
 from .printable import printable
@@ -40,6 +41,8 @@ STATUS_TIMEOUT = 5.0
 DISTURBANCE_PAUSE = 0.2
 """Seconds between somebody else's change and our look at it: changes come in bursts, and one look serves a burst."""
 BACKOFF_LEAST, BACKOFF_MOST = 1.0, 60.0
+BIG, BIG_SECONDS = 1 << 20, 2.0
+"""Bytes of an answer from which on the memory that it took is given back, and when: it has been read by then."""
 FLOWS_PAUSE_MOST = 0.3
 """Seconds at most between two looks at conntrack while UDP Services keep changing: nine times what a look takes."""
 
@@ -54,6 +57,9 @@ class AgentOptions(Struct, frozen=True):
 class Source(Protocol):
     """Where Services come from (manifest files, a Kubernetes API)."""
 
+    async def ready(self) -> None:
+        """Return when `read` has everything: at once, or when a server has told all."""
+
     def read(self) -> Update:
         """Everything that changed since the last read; the first time, everything."""
 
@@ -63,6 +69,12 @@ class Source(Protocol):
     @property
     def problems(self) -> tuple[Problem, ...]:
         """All that is wrong with the input at this moment."""
+
+    def status(self) -> dict[str, Any]:
+        """For `dataplane status`: which source it is (`kind`), and how it goes."""
+
+    async def close(self) -> None:
+        """Let go of everything."""
 
 
 class Node(Protocol):
@@ -110,6 +122,16 @@ class NoSwitch:
         """Nothing."""
 
 
+class Web(Protocol):
+    """What the agent needs of a `web_child.WebChild`."""
+
+    def start(self) -> None:
+        """Listen, in the running event loop."""
+
+    def close(self) -> None:
+        """End it."""
+
+
 class Log(Protocol):
     """What the agent needs of a structlog logger."""
 
@@ -130,6 +152,7 @@ class Agent:
         node: Node | None = None,
         switch: Switch = NoSwitch(),  # noqa: B008 (has no state)
         start_probe: ProbeStarter | None = None,
+        web: Web | None = None,
     ) -> None:
         self._reconciler = reconciler
         self._node = node
@@ -150,13 +173,14 @@ class Agent:
         self._last: SyncReport | None = None
         self._last_error = ""
         self._health = HealthResponder(log, self._is_healthy)
-        self._looks = reconciler.audience = Looks(reconciler.backend, self._clocks)
+        self._looks = reconciler.audience = Looks(reconciler.backend, self._clocks, lambda: reconciler.held.servers)
         self._prober = Prober(self._looks, lambda: reconciler.held.servers, log, start_probe)
         self._control = ControlServer({"status": self._tell_status, "look": self._tell_look})
+        self._figures = Figures()
+        self._web = web
         self._flows_retry_at: float | None = None
         self._flows_error = ""
         self._flows_backoff = BACKOFF_LEAST
-        self._flows_deleted = 0
         self._started = time.time()
         self._synced_at = 0.0
 
@@ -174,29 +198,51 @@ class Agent:
                 await self._control.start()
             except DataplaneError as error:
                 self._log.warning("nobody can ask", error=printable(str(error)))
-            reader = asyncio.create_task(self._read_source())
+            if self._web is not None:
+                self._web.start()
+            reader = None
             try:
-                self._begin()
-                await self._follow_health_checks()
-                watched = dict.fromkeys(self._reconciler.backend.monitors(), self._kernel_spoke)
-                if self._node is not None:
-                    watched[self._node.fileno()] = self._node_spoke
-                for descriptor, heed in watched.items():
-                    loop.add_reader(descriptor, heed)
-                self._prober.begin()
-                await self._work(reader)
-                for descriptor in watched:
-                    loop.remove_reader(descriptor)
+                if await self._has_source():
+                    # no pause between these two, so that everything reaches the first sync
+                    reader = asyncio.create_task(self._read_source())
+                    self._begin()
+                    await self._follow_health_checks()
+                    watched = dict.fromkeys(self._reconciler.backend.monitors(), self._kernel_spoke)
+                    if self._node is not None:
+                        watched[self._node.fileno()] = self._node_spoke
+                    for descriptor, heed in watched.items():
+                        loop.add_reader(descriptor, heed)
+                    self._prober.begin()
+                    await self._work(reader)
+                    for descriptor in watched:
+                        loop.remove_reader(descriptor)
             finally:
-                reader.cancel()
-                with contextlib.suppress(asyncio.CancelledError, Exception):
-                    await reader
+                if self._web is not None:
+                    self._web.close()
+                if reader is not None:
+                    reader.cancel()
+                    with contextlib.suppress(asyncio.CancelledError, Exception):
+                        await reader
+                await self._source.close()
                 await self._control.close()
                 holder.close()
                 self._prober.end()
                 self._looks.close()
                 await self._health.close()
         self._log.info("stopped", mode=self._reconciler.backend.mode, kernel="left as it is")
+
+    async def _has_source(self) -> bool:
+        """Wait for the source; False when told to stop before it was ready."""
+        ready = asyncio.create_task(self._source.ready())
+        stop = asyncio.create_task(self._stop.wait())
+        try:
+            await asyncio.wait((ready, stop), return_when=asyncio.FIRST_COMPLETED)
+            if ready.done():
+                ready.result()
+            return ready.done() and not self._stop.is_set()
+        finally:
+            for task in (ready, stop):
+                task.cancel()
 
     def _begin(self) -> None:
         """First sync: the source is read before anything is compared, so nothing is deleted for want of news."""
@@ -279,6 +325,7 @@ class Agent:
         waiting, self._updates = self._updates, []
         touched: set[VirtualAddress] = set()
         for update in waiting:
+            self._figures.changed_services += len(update.changed)
             touched |= self._reconciler.take(update)
         self._tell_problems()
         if self._reconciler.unexplained and not self._source.problems:
@@ -343,21 +390,25 @@ class Agent:
         self._flows_retry_at, self._flows_backoff, self._flows_error = None, BACKOFF_LEAST, ""
         if swept is not None:  # of many changes in a row, one look serves several, and clients still move in a second
             self._flows_retry_at = time.monotonic() + min(FLOWS_PAUSE_MOST, 9 * took)
+            self._figures.swept(took, swept.deleted)
         if swept is not None and swept.deleted:
-            self._flows_deleted += swept.deleted
             self._log.info("conntrack", deleted=swept.deleted, read=swept.read, milliseconds=round(took * 1000, 3))
 
     # -------------------------------------------------------------------------------------------------------- telling
 
     def _report(self, report: SyncReport) -> None:
+        held_back_anew = report.held_back and (self._last is None or report.held_back != self._last.held_back)
         self._last = report
         self._synced_at = time.time()
+        self._figures.sync(
+            report.cause, report.result, report.milliseconds / 1000, report.adds, report.sets, report.deletes
+        )
         if report.failed:
             self._retry_at = time.monotonic() + self._backoff
             self._backoff = min(self._backoff * 2, BACKOFF_MOST)
         else:
             self._retry_at, self._backoff, self._last_error = None, BACKOFF_LEAST, ""
-        if report.result == "unchanged" and report.cause not in ("start", "reload"):
+        if report.result == "unchanged" and report.cause not in ("start", "reload") and not held_back_anew:
             return
         fields = sync_fields(report, self._reconciler.backend.mode)
         if report.failed or report.blocked or report.held_back:
@@ -368,6 +419,7 @@ class Agent:
     def _fail(self, error: Exception) -> float:
         """A sync that could not be carried out: what we know is stale, so look again after a pause; when that ends."""
         self._last_error = str(error)
+        self._figures.error()
         again = self._retry_at = time.monotonic() + self._backoff
         self._backoff = min(self._backoff * 2, BACKOFF_MOST)
         self._log.error("sync", mode=self._reconciler.backend.mode, result="failed", error=printable(str(error)))
@@ -390,6 +442,8 @@ class Agent:
         """What `dataplane status` shows. Times in seconds since the epoch."""
         reconciler = self._reconciler
         last = self._last
+        drains = reconciler.drains
+        self._figures.drains_finished, self._figures.drains_expired = drains.completed, drains.cut_short
         internal, external = reconciler.desired.no_local_endpoints()
         return {
             "schemaVersion": 1,
@@ -400,6 +454,7 @@ class Agent:
             "lastSync": sync_fields(last, reconciler.backend.mode) if last else None,
             "lastError": self._last_error,
             "healthy": self._is_healthy(),
+            "source": self._source.status(),
             "virtualServers": len(reconciler.held.servers),
             "wantedVirtualServers": len(reconciler.desired.servers),
             "draining": len(reconciler.drains.deadlines),
@@ -411,14 +466,18 @@ class Agent:
             "noLocalEndpoints": {"internal": internal, "external": external},
             "healthChecks": self._health.status(),
             "hits": str(self._looks.counts),
-            "conntrack": {"deleted": self._flows_deleted, "lastError": self._flows_error},
+            "conntrack": {"deleted": self._figures.conntrack_deleted, "lastError": self._flows_error},
+            "figures": self._figures.to_builtins(),
         }
 
     def _tell_status(self) -> bytes:
         return json.dumps(self.status()).encode()
 
     def _tell_look(self) -> bytes:
-        return self._looks.look().to_json()
+        answer = self._looks.answer()
+        if len(answer) > BIG:
+            asyncio.get_running_loop().call_later(BIG_SECONDS, give_memory_back)
+        return answer
 
     def _clocks(self) -> dict[DrainKey, float]:
         now = time.monotonic()
@@ -485,9 +544,3 @@ def read_status() -> dict[str, Any]:
     """The status of the agent in this network namespace; AgentUnreachable when none answers, NotRoot for others."""
     with ControlClient() as agent:
         return agent.status()
-
-
-def give_memory_back() -> None:
-    """Hand what the first load needed back to the system (glibc keeps it otherwise); elsewhere nothing happens."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)

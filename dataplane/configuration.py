@@ -22,6 +22,7 @@ from .desired import DEFAULT_DRAIN_SECONDS, Rules
 from .errors import InputError, UsageError
 from .model import Address, Problem, parse_address, parse_network
 from .printable import printable, shown
+from .tcp_listener import Listen, parse_listen
 
 API_VERSION: Final = "dataplane/v1alpha1"
 KIND: Final = "AgentConfiguration"
@@ -68,6 +69,15 @@ class Configuration(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     manifests: Annotated[
         tuple[str, ...], Meta(description="Files and directories of manifests; relative to this file.")
     ] = ()
+    kubeconfig: Annotated[
+        str, Meta(description="Or: a kubeconfig of the Kubernetes API to watch; relative to this file.")
+    ] = ""
+    in_cluster: Annotated[
+        bool, Meta(description="Or: watch the Kubernetes API by the service account of the pod that this runs in.")
+    ] = False
+    kubeconfig_exec: Annotated[
+        bool, Meta(description="Allow the kubeconfig to name a program that gives the credentials (exec).")
+    ] = False
     node_name: Annotated[
         str, Meta(max_length=253, description="This node's name in endpoints; by default the host name, lower-cased.")
     ] = ""
@@ -124,6 +134,17 @@ class Configuration(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     probe: Annotated[
         Literal["auto", "off"], Meta(description="auto: count hits by a BPF probe where the kernel allows it.")
     ] = "auto"
+    metrics_bind_address: Annotated[
+        str,
+        Meta(
+            pattern=r"^([0-9.]+:[0-9]{1,5}|\[[0-9A-Fa-f:.]+\]:[0-9]{1,5})?$",
+            description="ADDRESS:PORT of metrics and the page to watch; empty: none.",
+        ),
+    ] = "127.0.0.1:10249"
+    metrics_max_series: Annotated[
+        int,
+        Meta(ge=0, le=10_000_000, description="Metrics of Services and backends; beyond, backends are left out."),
+    ] = 100_000
     log_format: Annotated[
         Literal["auto", "human", "json"], Meta(description="auto: human on a terminal, else JSON lines.")
     ] = "auto"
@@ -210,7 +231,13 @@ def read_configuration(path: str) -> Configuration:
         )
     folder = Path(path).parent
     manifests = tuple(str(folder / each) for each in settings.manifests)  # an absolute path stays what it is
-    return msgspec.structs.replace(settings, manifests=manifests)
+    kubeconfig = str(folder / Path(settings.kubeconfig).expanduser()) if settings.kubeconfig else ""
+    return msgspec.structs.replace(settings, manifests=manifests, kubeconfig=kubeconfig)
+
+
+def metrics_listen(text: str) -> Listen | None:
+    """Where metrics are served; None = nowhere. ValueError for what is no address."""
+    return parse_listen(text) if text else None
 
 
 def _node_port_range(text: str) -> object:
@@ -249,6 +276,10 @@ def _convert(given: dict[str, Any]) -> tuple[Configuration, list[tuple[str, str]
                 read(text)
             except ValueError as error:
                 faults.append((f"{_field_name(field)}[{index}]", printable(str(error))))
+    try:
+        metrics_listen(values.get("metrics_bind_address", ""))
+    except ValueError as error:
+        faults.append(("metricsBindAddress", printable(str(error))))
     return (Configuration() if faults else Configuration(**values)), faults
 
 

@@ -6,20 +6,30 @@ server keeps the sum.
 """
 
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from .model import Address, VirtualAddress
 
-ROOM = 65536
-"""Real servers that are gone and still known by name, in case they come back; older ones are summed up."""
+ROOM = 64
+"""Real servers of one virtual server that are gone and still known by name, in case they come back."""
+FORMER = 10_000
+"""Virtual servers that are gone and still known, in case they come back."""
+
+RealServerAt = tuple[Address, int]
+"""Address and port of a real server."""
 
 
-class Target(NamedTuple):
-    """One real server of one virtual server."""
+class _Totals:
+    """Of one virtual server."""
 
-    at: VirtualAddress
-    address: Address
-    port: int
+    __slots__ = ("before", "last", "summed")
+
+    def __init__(self) -> None:
+        self.last: dict[RealServerAt, int] = {}
+        self.before: dict[RealServerAt, int] = {}
+        """What was counted before a counter began again."""
+        self.summed = 0
+        """Of real servers that are not known by name any more."""
 
 
 class Tally:
@@ -31,44 +41,42 @@ class Tally:
     def __init__(self, room: int = ROOM, *, remembers: bool = False) -> None:
         self._room = room
         self._remembers = remembers
-        self._last: dict[Target, int] = {}
-        self._before: dict[Target, int] = {}
-        """What was counted before a counter began again."""
-        self._summed: dict[VirtualAddress, int] = {}
+        self._servers: dict[VirtualAddress, _Totals] = {}
+        self._former: dict[VirtualAddress, _Totals] = {}
 
-    def take(self, seen: Mapping[Target, int]) -> None:
-        """The source's numbers of this moment; what it does not name is gone for now."""
-        last, before = self._last, self._before
-        if not self._remembers:
-            for target in last.keys() - seen.keys():
-                if last[target]:
-                    before[target] = before.get(target, 0) + last[target]
-                    last[target] = 0
-        for target, value in seen.items():
-            known = last.pop(target, 0)  # popped, so that the order of the dictionary is that of the last sight
+    def take(self, at: VirtualAddress, seen: Mapping[RealServerAt, int]) -> tuple[dict[RealServerAt, int], int]:
+        """The source's numbers for one virtual server at this moment; a real server that they lack is gone for now.
+
+        Returns the totals of those that are here, and that of the virtual server.
+        """
+        totals = self._servers.get(at)
+        if totals is None:
+            totals = self._servers[at] = self._former.pop(at) if at in self._former else _Totals()
+        last, before = totals.last, totals.before
+        if last.keys() != seen.keys() and not self._remembers:
+            for backend in last.keys() - seen.keys():
+                if last[backend]:
+                    before[backend] = before.get(backend, 0) + last[backend]
+                    last[backend] = 0
+        for backend, value in seen.items():
+            known = last.pop(backend, 0)  # popped, so that the order of the dictionary is that of the last sight
             if value < known:
-                before[target] = before.get(target, 0) + known
-            last[target] = value
+                before[backend] = before.get(backend, 0) + known
+            last[backend] = value
         surplus = len(last) - len(seen) - self._room
         if surplus > 0:
-            for target in [target for target in last if target not in seen][:surplus]:
-                total = last.pop(target) + before.pop(target, 0)
-                self._summed[target.at] = self._summed.pop(target.at, 0) + total
-            while len(self._summed) > ROOM:
-                del self._summed[next(iter(self._summed))]
+            for backend in [backend for backend in last if backend not in seen][:surplus]:
+                totals.summed += last.pop(backend) + before.pop(backend, 0)
+        here = {backend: value + before.get(backend, 0) for backend, value in seen.items()}
+        return here, totals.summed + sum(last.values()) + sum(before.values())
 
-    def total(self, target: Target) -> int:
-        """All hits of a real server since the first sight of it."""
-        return self._last.get(target, 0) + self._before.get(target, 0)
-
-    def totals(self) -> dict[VirtualAddress, int]:
-        """All hits of each virtual server, also those of real servers that are gone."""
-        sums = dict(self._summed)
-        for target, value in self._last.items():
-            sums[target.at] = sums.get(target.at, 0) + value
-        for target, value in self._before.items():
-            sums[target.at] = sums.get(target.at, 0) + value
-        return sums
+    def forget(self, at: VirtualAddress) -> None:
+        """A virtual server is gone; its totals are kept for a while, in case it comes back."""
+        totals = self._servers.pop(at, None)
+        if totals is not None:
+            self._former[at] = totals
+            if len(self._former) > FORMER:
+                del self._former[next(iter(self._former))]
 
 
 Way = tuple[int, Address, int, Address, int]

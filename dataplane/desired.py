@@ -7,7 +7,7 @@ that changed. Which endpoints serve, and what happens when none does, follows ku
 (pkg/proxy/topology.go, serviceport.go).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from msgspec import Struct
@@ -93,6 +93,39 @@ class Chosen(NamedTuple):
     anywhere: bool
 
 
+class Shares(NamedTuple):
+    """Who of the endpoints of one service port serves at which of its addresses, and what becomes of clients if nobody
+    does. `inside`: for clients inside the cluster at its external addresses; () = they are served as everybody is.
+
+    Policy Local: clients from outside keep their address and get endpoints of this node only; clients inside the
+    cluster need no such favour and get any endpoint, by a virtual server of their own.
+    """
+
+    cluster_ip: tuple[RealServer, ...]
+    no_cluster_ip: NoServers
+    external: tuple[RealServer, ...]
+    no_external: NoServers
+    inside: tuple[RealServer, ...]
+
+
+def _shares(service: Service, chosen: Chosen) -> Shares:
+    cluster, local, anywhere = chosen
+    cluster_ip = local if service.internal_local else cluster
+    external = cluster
+    inside: tuple[RealServer, ...] = ()
+    if service.external_local:
+        external = local
+        if cluster != local and any(real.weight for real in cluster):
+            inside = cluster
+    return Shares(
+        cluster_ip,
+        NoServers.DROP if anywhere and not cluster_ip else NoServers.REJECT,
+        external,
+        NoServers.DROP if anywhere and not external else NoServers.REJECT,
+        inside,
+    )
+
+
 def virtual_servers(view: ServiceView, rules: Rules) -> list[VirtualServer]:
     """Every virtual server of one Service; none for headless, ExternalName, unaddressed or another proxy's Services.
 
@@ -105,10 +138,10 @@ def virtual_servers(view: ServiceView, rules: Rules) -> list[VirtualServer]:
     servers = []
     for port in service.ports:
         for vip in service.cluster_ips:
-            chosen = choose(view, port, family_of(vip), rules)
-            servers.append(_cluster_ip_server(service, port, vip, chosen, rules))
+            shares = _shares(service, choose(view, port, family_of(vip), rules))
+            servers.append(_cluster_ip_server(service, port, vip, shares, rules))
             if external:
-                servers += _external_servers(service, port, family_of(vip), chosen, rules)
+                servers += _external_servers(service, port, family_of(vip), shares, rules)
     return _one_at_each(servers) if external and len(service.ports) > 1 else servers
 
 
@@ -140,54 +173,47 @@ def _label(name: ObjectName, port: ServicePort) -> str:
 
 
 def _cluster_ip_server(
-    service: Service, port: ServicePort, vip: Address, chosen: Chosen, rules: Rules
+    service: Service, port: ServicePort, vip: Address, shares: Shares, rules: Rules
 ) -> VirtualServer:
-    reals = chosen.local if service.internal_local else chosen.cluster
     return VirtualServer(
         VirtualAddress(int(port.protocol), vip, port.port),
-        reals,
+        shares.cluster_ip,
         service.scheduler or rules.scheduler,
         service.scheduler_flags,
         service.affinity_seconds,
         8 * len(vip) if service.affinity_seconds else 32,
         Masquerade.DETECT,
-        NoServers.DROP if chosen.anywhere and not reals else NoServers.REJECT,
+        shares.no_cluster_ip,
         True,
         _label(service.name, port),
     )
 
 
 def _external_servers(
-    service: Service, port: ServicePort, family: Family, chosen: Chosen, rules: Rules
+    service: Service, port: ServicePort, family: Family, shares: Shares, rules: Rules
 ) -> Iterator[VirtualServer]:
-    """The virtual servers at node ports, external IPs and load balancer IPs of one port, in one family.
-
-    Policy Local: clients from outside keep their address and get endpoints of this node only; clients inside the
-    cluster need no such favour and get any endpoint, by a virtual server of their own.
-    """
+    """The virtual servers at node ports, external IPs and load balancer IPs of one port, in one family."""
     width = WIDTHS[family]
-    reals = chosen.local if service.external_local else chosen.cluster
-    inside = chosen.cluster if service.external_local and chosen.cluster != chosen.local else ()
     allowed = _allowed(service, family, rules)
     for kind, address, number in _external_addresses(service, port, family, rules):
         server = VirtualServer(
             VirtualAddress(int(port.protocol), address, number),
-            reals,
+            shares.external,
             service.scheduler or rules.scheduler,
             service.scheduler_flags,
             service.affinity_seconds,
             8 * width if service.affinity_seconds else 32,
             Masquerade.NODE if service.external_local else Masquerade.ALWAYS,
-            NoServers.DROP if chosen.anywhere and not reals else NoServers.REJECT,
+            shares.no_external,
             False,
             _label(service.name, port),
             kind,
             allowed if kind is Kind.LOAD_BALANCER else (),
         )
         yield server
-        if any(real.weight for real in inside):
+        if shares.inside:
             at = VirtualAddress(int(port.protocol), address, number, True)
-            yield replace(server, at=at, real_servers=inside, no_servers=NoServers.REJECT, allowed=())
+            yield replace(server, at=at, real_servers=shares.inside, no_servers=NoServers.REJECT, allowed=())
 
 
 def _external_addresses(
@@ -354,10 +380,17 @@ class Desired:
 
     def update(self, update: Update) -> set[VirtualAddress]:
         """Take in what a source delivered; returns the virtual addresses whose server may have changed."""
+        return self._take(update.changed, same_rules=True)
+
+    def _take(self, changed: Mapping[ObjectName, ServiceView | None], *, same_rules: bool) -> set[VirtualAddress]:
         disputed = bool(self._contested)
+        filled: list[VirtualAddress] = []
         touched: set[VirtualAddress] = set()
         fresh: dict[tuple[ObjectName, VirtualAddress], VirtualServer] = {}
-        for name, view in update.changed.items():
+        for name, view in changed.items():
+            if same_rules and view is not None and self._refill(name, view):
+                filled += self._addresses[name]
+                continue
             touched.update(self._forget(name))
             if view is None:
                 continue
@@ -372,7 +405,72 @@ class Desired:
             touched |= {twin for at in touched if (twin := at._replace(inside=True)) in self._claims}
         for at in touched:
             self._settle(at, fresh)
+        touched.update(filled)
         return touched
+
+    def _refill(self, name: ObjectName, view: ServiceView) -> bool:
+        """Take in a Service of which nothing but endpoints has changed, at the addresses it has and nobody disputes.
+
+        What most updates are, hence by a short way to the same as `virtual_servers`; False: it has to go the long way,
+        and nothing is changed.
+        """
+        before, addresses = self._views.get(name), self._addresses.get(name)
+        service = view.service
+        if before is None or service is None or not addresses or before.service != service:
+            return False
+        if self._contested and not self._contested.isdisjoint(addresses):
+            return False
+        ports = {(_label(name, port), int(port.protocol)): port for port in service.ports}
+        if len(ports) < len(service.ports):
+            return False
+        held = self.servers
+        shares: dict[tuple[str, int, int], Shares] = {}
+        balance: dict[tuple[str, int, int], int] = {}
+        filled: list[VirtualServer] = []
+        for at in addresses:
+            old = held[at]
+            protocol, address, _, inside = at
+            key = (old.label, protocol, len(address))
+            share = shares.get(key)
+            if share is None:
+                port = ports[old.label, protocol]
+                share = shares[key] = _shares(service, choose(view, port, family_of(address), self.rules))
+                balance[key] = 0
+            if inside:
+                reals, nobody = share.inside, NoServers.REJECT
+                balance[key] -= 1
+            elif old.bound:
+                reals, nobody = share.cluster_ip, share.no_cluster_ip
+            else:
+                reals, nobody = share.external, share.no_external
+                if share.inside:
+                    balance[key] += 1
+            if old.no_servers is nobody and old.real_servers == reals:
+                continue
+            filled.append(
+                VirtualServer(
+                    at,
+                    reals,
+                    old.scheduler,
+                    old.flags,
+                    old.persistence,
+                    old.persistence_prefix,
+                    old.masquerade,
+                    nobody,
+                    old.bound,
+                    old.label,
+                    old.kind,
+                    old.allowed,
+                )
+            )
+        if any(balance.values()):
+            return False  # servers for clients inside come or go
+        for server in filled:
+            held[server.at] = server
+        self._views[name] = view
+        if service.health_check_node_port:
+            self._health[name] = HealthCheck(service.health_check_node_port, *local_ready(view, self.rules.node_name))
+        return True
 
     def drain_seconds(self, at: VirtualAddress) -> int:
         """How long real servers of this virtual address may drain; a Service that is gone leaves the default."""
@@ -402,7 +500,7 @@ class Desired:
             changed = {name: view for name, view in self._views.items() if view.service and _external(view.service)}
         else:
             changed = dict(self._views)
-        return self.update(Update(dict(changed)))
+        return self._take(changed, same_rules=False)
 
     @property
     def health_checks(self) -> dict[ObjectName, "HealthCheck"]:

@@ -33,6 +33,10 @@ class Drains:
         self.changed: set[DrainKey] = set()
         """Clocks that started or ended since the one who keeps a copy of them emptied this."""
         self._finished: set[DrainKey] = set()
+        self.completed = 0
+        """Drains that ended because the last connection had."""
+        self.cut_short = 0
+        """Drains that ended because the time was over."""
 
     def retain(
         self, at: VirtualAddress, wanted: VirtualServer | None, held: VirtualServer | None, seconds: int, now: float
@@ -43,6 +47,8 @@ class Drains:
         and open connections go on, new ones are refused.
         """
         if held is None or (wanted is not None and wanted.real_servers == held.real_servers):
+            if wanted is not None:
+                self.revive(at, wanted.real_servers)  # with weight 0 it is there as it was when it drained
             return wanted
         wanted_reals = wanted.real_servers if wanted else ()
         wanted_keys = {(real.address, real.port) for real in wanted_reals}
@@ -73,6 +79,10 @@ class Drains:
             key = DrainKey(at, real.address, real.port)
             deadline = self.deadlines.get(key)
             if at_once or key in self._finished or (deadline is not None and deadline <= now):
+                if deadline is not None and key in self._finished:
+                    self.completed += 1
+                elif deadline is not None:
+                    self.cut_short += 1
                 self.forget(key)
                 continue
             if deadline is None:

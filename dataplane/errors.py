@@ -10,6 +10,7 @@ DataplaneError
 │   └── Unanswered    no answer within the deadline, or answers were lost: look again
 ├── WireError         bytes from the kernel do not follow their declaration          exit 1
 ├── ToolError         a program we called (modprobe, nft) failed                     exit 1
+├── ApiError          the Kubernetes API refused, broke off or cannot be reached     exit 1
 └── ProbeUnavailable  no BPF program can count hits here: carries the reason        exit 1
 """
 
@@ -69,6 +70,18 @@ class ToolError(DataplaneError):
 
 class WireError(DataplaneError):
     """A message does not follow its declaration: names the set, the attribute and the offset."""
+
+
+class ApiError(DataplaneError):
+    """A request to the Kubernetes API failed; `status` is its HTTP status, 0 when there was none.
+
+    `retry_after`: seconds that the server asks to wait.
+    """
+
+    def __init__(self, reason: str, status: int = 0, retry_after: float = 0.0) -> None:
+        super().__init__(reason)
+        self.status = status
+        self.retry_after = retry_after
 
 
 class ProbeUnavailable(DataplaneError):

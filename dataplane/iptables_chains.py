@@ -6,7 +6,7 @@ KUBE-EXT, KUBE-FW and the KUBE-SEP chains, and with these the memory of affinity
 the rest (for a moment, or because two Services have one name) gets chains of names of its own.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from .iptables_text import (
@@ -31,7 +31,17 @@ from .iptables_text import (
     shares,
     to_address,
 )
-from .model import Forwarding, Kind, Masquerade, NoServers, RealServer, VirtualAddress, VirtualServer, family_of
+from .model import (
+    Forwarding,
+    Kind,
+    Masquerade,
+    NoServers,
+    RealServer,
+    VirtualAddress,
+    VirtualServer,
+    family_of,
+    format_endpoint,
+)
 
 LOCAL = "-m addrtype --src-type LOCAL"
 """The match of processes of this node."""
@@ -108,30 +118,39 @@ def group_of(form: Form, server: VirtualServer) -> str:
 def express(form: Form, server: VirtualServer) -> VirtualServer:
     """The server as rules can hold it and tell it back: what rules have no way to say takes its default."""
     reals = server.real_servers
-    if any(
-        real.local or real.forwarding is not Forwarding.MASQ or real.upper_threshold or real.lower_threshold
-        for real in reals
-    ):
-        reals = tuple(RealServer(real.address, real.port, real.weight) for real in reals)
+    for real in reals:
+        if real.local or real.forwarding is not Forwarding.MASQ or real.upper_threshold or real.lower_threshold:
+            reals = tuple(RealServer(real.address, real.port, real.weight) for real in reals)
+            break
     masquerade = server.masquerade if reals else Masquerade.DETECT
     if masquerade is Masquerade.ALWAYS and form.everyone and server.kind is Kind.CLUSTER_IP:
         masquerade = Masquerade.DETECT
     inside = server.at.inside
-    anybody = inside or any(each.prefix == 0 for each in server.allowed)
+    allowed = server.allowed
+    if allowed and (inside or any(each.prefix == 0 for each in allowed)):
+        allowed = ()
     return VirtualServer(
         server.at,
         reals,
-        persistence=server.persistence if any(real.weight for real in reals) else 0,
+        persistence=server.persistence and (server.persistence if any(real.weight for real in reals) else 0),
         masquerade=Masquerade.NODE if inside else masquerade,
         no_servers=NoServers.REJECT if reals or inside else server.no_servers,
         bound=False,
         label=plain_label(server.label),
         kind=server.kind,
-        allowed=() if anybody else server.allowed,
+        allowed=allowed,
     )
 
 
 # ------------------------------------------------------------------------------------------------- arrangement
+
+
+def plain_site(group: str, server: VirtualServer) -> Site | None:
+    """What `arrange` makes of the only server of a group, if that is plain and has endpoints."""
+    at = server.at
+    if server.kind is not Kind.CLUSTER_IP or at.inside or server.allowed or not server.real_servers:
+        return None
+    return Site(server, None, group.removesuffix(PROTOCOLS[at.protocol]), group)
 
 
 def arrange(form: Form, servers: Iterable[VirtualServer]) -> list[Site]:
@@ -198,10 +217,9 @@ def lines_of(form: Form, site: Site) -> Iterator[Line]:
     at = server.at._replace(inside=False) if server.at.inside else server.at
     text = site.text
     if site.led:
-        words = f"{text}{PORTAL_WORDS[server.kind]}"
         target = site.pool if site.plain else "FW" if server.allowed else "EXT"
         chain = NODEPORTS if server.kind is Kind.NODE_PORT else SERVICES
-        yield Line(("nat", chain), at, f"{to_address(at, words)} -j {chain_name(target, site.seed)}")
+        yield Line(("nat", chain), at, portal(site, chain_name(target, site.seed)))
     if outside is None:
         return
     # of a cluster IP, what went to nobody is refused with its closed ports
@@ -214,6 +232,11 @@ def lines_of(form: Form, site: Site) -> Iterator[Line]:
         target = "DROP" if site.serving else firewall
         words = f"{text} traffic not accepted by {firewall}"
         yield Line(("filter", FIREWALL), at, f"{to_address(at, words)} -j {target}")
+
+
+def portal(site: Site, chain: str) -> str:
+    """The rule that leads what is sent to a site to a chain of it."""
+    return f"{to_address(site.any.at, f'{site.text}{PORTAL_WORDS[site.any.kind]}')} -j {chain}"
 
 
 def refusal(form: Form, server: VirtualServer) -> str:
@@ -250,15 +273,16 @@ def render(form: Form, servers: Iterable[VirtualServer]) -> Rendered:
             if key in found.chains:  # a second one: what differs is its own clients at most
                 found.chains[key] = (*clients, *found.chains[key])
                 continue
-            texts = [str(real) for real in server.real_servers]
+            texts = [format_endpoint(real.address, real.port) for real in server.real_servers]
             seps = [chain_name("SEP", f"{site.seed}{text}") for text in texts]
-            found.chains[key] = (*clients, *_balance(form, server, site.text, texts, seps))
+            found.chains[key] = (*clients, *balance(form, server, site.text, texts, seps))
             for real, text, sep in zip(server.real_servers, texts, seps, strict=True):
                 remembers = bool(server.persistence and real.weight)
                 ends[sep] = text, remembers or (sep in ends and ends[sep][1])
                 if several:
                     _use(found, ("nat", sep), server)
-    _endpoints(form, sites[0], ends, found)
+    for sep, rules in endpoint_rules(form, sites[0], ((sep, *end) for sep, end in ends.items())):
+        found.chains["nat", sep] = rules
     return found
 
 
@@ -330,7 +354,7 @@ def external_rules(form: Form, site: Site) -> Iterator[str]:
     yield f"{told}-j {chain_name(site.pool, site.seed)}"
 
 
-def _balance(form: Form, server: VirtualServer, text: str, ends: list[str], seps: list[str]) -> Iterator[str]:
+def balance(form: Form, server: VirtualServer, text: str, ends: Sequence[str], seps: Sequence[str]) -> Iterator[str]:
     """KUBE-SVC and KUBE-SVL: who came lately goes where he was, anybody else by chance."""
     reals = server.real_servers
     if server.persistence:
@@ -345,17 +369,19 @@ def _balance(form: Form, server: VirtualServer, text: str, ends: list[str], seps
         yield f"{comment(_arrow(form, text, real, end))}{share} -j {sep}"
 
 
-def _endpoints(form: Form, site: Site, ends: dict[str, tuple[str, bool]], found: Rendered) -> None:
-    """KUBE-SEP: one endpoint each."""
+def endpoint_rules(
+    form: Form, site: Site, ends: Iterable[tuple[str, str, bool]]
+) -> Iterator[tuple[str, tuple[str, str]]]:
+    """KUBE-SEP of each endpoint, given as its chain, where it is, and whether its clients are remembered."""
     at = site.any.at
     words, protocol, mask = comment(site.text), PROTOCOLS[at.protocol], _mask(at)
     width = 8 * len(at.address)
     hairpin = f"/{width} {words} -j " + (f"MARK --set-xmark {MARK}/{MARK}" if form.classic else MARK_MASQ)
     to = f" -m {protocol} -j DNAT --to-destination "
-    for sep, (end, remembers) in ends.items():
+    for sep, end, remembers in ends:
         remember = f" -m recent --set --name {sep} --mask {mask} --rsource" if remembers else ""
         host = end[: end.rindex(":")].strip("[]")
-        found.chains["nat", sep] = f"-s {host}{hairpin}", f"-p {protocol} {words}{remember}{to}{end}"
+        yield sep, (f"-s {host}{hairpin}", f"-p {protocol} {words}{remember}{to}{end}")
 
 
 def _mask(at: VirtualAddress) -> str:

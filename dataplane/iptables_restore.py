@@ -87,7 +87,7 @@ class IptablesTransaction(Struct, frozen=True):
     headers: dict[Family, str]
 
     def __str__(self) -> str:
-        return "".join(f"# {self.headers[f]}\n{one.text()}" for f, one in self.scripts.items() if one.lines)
+        return "".join(f"# {self.headers[f]}\n{one.text()}" for f, one in self.scripts.items() if one)
 
 
 class IptablesBackend:
@@ -188,10 +188,11 @@ class IptablesBackend:
         wanted: dict[Family, list[tuple[VirtualAddress, VirtualServer | None]]] = {}
         unsure = set()
         for server in plan.add:
-            if self._book(server.at).holds(server.at):
-                unsure.add(server.at)
+            at = server.at
+            if self._book(at).holds(at):
+                unsure.add(at)
             else:
-                wanted.setdefault(family_of(server.at.address), []).append((server.at, self.express(server)))
+                wanted.setdefault(family_of(at.address), []).append((at, self.express(server)))
         for change in plan.change:
             at = change.new.at
             if self._book(at).held.get(at) is None:
@@ -222,10 +223,11 @@ class IptablesBackend:
             doubted = {at for at, _ in doubtful}
             self._program(family, [one for one in wanted if one[0] not in doubted], failed)
             self._program(family, doubtful, failed)
-        for at in transaction.plan.addresses():
-            self._refused.pop(at, None)
-        wishes = {at: new for some in transaction.wanted.values() for at, new in some if new is not None}
-        self._refused.update((at, wishes[at]) for at in failed if at in wishes)
+        if self._refused or failed:
+            for at in transaction.plan.addresses():
+                self._refused.pop(at, None)
+            wishes = {at: new for some in transaction.wanted.values() for at, new in some if new is not None}
+            self._refused.update((at, wishes[at]) for at in failed if at in wishes)
         return Outcome(failed, transaction.unsure)
 
     def intact(self) -> bool:
@@ -366,7 +368,7 @@ class IptablesBackend:
                 lines = [f"*{name}", f":{MARKER} - [0:0]", *(f"-A {MARKER} {rule}" for rule in rules), "COMMIT"]
                 text.append("\n".join(lines) + "\n")
         if not books.tidy or books.orphans:
-            text.append("\n".join(books.compose((), whole=True).lines) + "\n")
+            text.append(books.compose((), whole=True).text())
         for name in ("filter", "nat"):
             table = tables.get(name, Table())
             lines = []
@@ -503,11 +505,11 @@ class IptablesBackend:
             self._restore(family, self._book_of(family).compose((), whole=True))
 
     def _restore(self, family: Family, script: Script) -> None:
-        if script.lines:
+        if script:
             tools = self._tools[family]
             hits = tools.save().get("nat", Table()).hits if script.carried else None
             self._looked = None
-            tools.restore(script.text(hits), counters=bool(hits))
+            tools.restore(script.pieces(hits), counters=bool(hits))
         self._book_of(family).apply(script)
 
 

@@ -19,7 +19,7 @@ from . import netlink_nftables as netlink
 from . import nftables_messages as nft
 from .errors import KernelError
 from .ipvs_ledger import Elements
-from .model import Masquerade, Protocol, VirtualAddress, between, disjoint, format_address
+from .model import Address, Masquerade, Protocol, VirtualAddress, between, disjoint, format_address
 from .netlink_socket import NetlinkSocket
 from .nft_clients import Clients
 from .nft_skeleton import StaticTable, render
@@ -176,11 +176,32 @@ class Guard:
             # some of it was gone already, the kernel does not say which; without a table this raises ENOENT again
             netlink.commit(self._sock, _removals(_common(remove, self.observe())) + additions)
 
+    def add_hairpins(self, addresses: Iterable[Address]) -> None:
+        """`commit` of nothing but hairpin addresses that come."""
+        netlink.commit(self._sock, [each for wire, keys in _hairpins(addresses) for each in wire.add(keys)])
+
+    def remove_hairpins(self, addresses: Iterable[Address]) -> None:
+        """The same of such that go."""
+        try:
+            netlink.commit(
+                self._sock, [message for wire, keys in _hairpins(addresses) for message in wire.remove(keys)]
+            )
+        except netlink.BatchRefused as error:
+            if error.errno != errno.ENOENT:
+                raise
+            self.commit(Elements(), Elements(hairpins=set(addresses)))
+
     def script(self, add: Elements, remove: Elements) -> str:
         """The same change in nft's language, sorted, one element a line."""
         lines = [f"delete element inet {TABLE} {name} {{ {key} }}" for name, key, _ in _printed(remove)]
         lines += [f"add element inet {TABLE} {name} {{ {key}{rest} }}" for name, key, rest in _printed(add)]
         return "".join(line + "\n" for line in lines)
+
+
+def _hairpins(addresses: Iterable[Address]) -> Iterator[tuple[nft.SetWire, list[bytes]]]:
+    for width, wire in _HAIRPIN.items():
+        if keys := [wire.key(address, address) for address in addresses if len(address) == width]:
+            yield wire, keys
 
 
 def _owner(comment: str) -> str:

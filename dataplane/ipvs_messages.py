@@ -32,6 +32,7 @@ from .nlattr import (
     u64,
     width_of,
 )
+from .plan import Change
 
 FAMILY_NAME = "IPVS"
 GENL_VERSION = 1
@@ -364,41 +365,38 @@ class Encoder:
                 self._plain[key] = template
         return template(self._mark(server.at) if inside else address, port, real)
 
-    def reals(
-        self,
-        server: VirtualServer,
-        add: Sequence[RealServer],
-        edit: Sequence[RealServer],
-        remove: Sequence[RealServer],
-        count: int,
-        seq: int,
-    ) -> bytes:
-        """`count` NEW_, SET_ and DEL_DEST messages, joined; the last asks for an ACK and has `seq`, in network order.
+    def reals(self, changes: Sequence[Change], seq: int) -> bytes:
+        """NEW_, SET_ and DEL_DEST messages, joined; the last asks for an ACK and has `seq`, in network order.
 
         Made for few: mostly there is only one.
         """
+        final = changes[-1]
+        add, edit, remove, _ = final.differing
         if remove:
             last, command = remove[-1], DEL_DEST
         elif edit:
             last, command = edit[-1], SET_DEST
         else:
             last, command = add[-1], NEW_DEST
-        protocol, address, port, inside = server.at
+        protocol, address, port, inside = at = final.new.at
         key = (command, protocol, len(address), len(last.address), last.weight, inside)
         template = self._asking.get(key)
         if template is None or last.forwarding or last.upper_threshold or last.lower_threshold:
             template = _dest_template(self.family_id, len(address), protocol, command, _fold(last), inside, asking=True)
             if not (last.forwarding or last.upper_threshold or last.lower_threshold) and len(self._asking) < 1024:
                 self._asking[key] = template
-        message = template(self._mark(server.at) if inside else address, port, last, seq)
-        if count > 1:
-            before = b""
+        message = template(self._mark(at) if inside else address, port, last, seq)
+        if len(changes) == 1 and len(add) + len(edit) + len(remove) == 1:
+            return message
+        pieces: list[bytes] = []
+        for change in changes:
+            server = change.new
+            add, edit, remove, _ = change.differing
             for each, reals in ((NEW_DEST, add), (SET_DEST, edit), (DEL_DEST, remove)):
                 for real in reals:
-                    if real is not last or each != command:
-                        before += self.real(each, server, real)
-            return before + message
-        return message
+                    pieces.append(self.real(each, server, real))
+        pieces[-1] = message
+        return b"".join(pieces)
 
     def get_servers(self) -> bytes:
         """Dump request for all virtual servers."""

@@ -92,6 +92,16 @@ class ManifestFiles:
         """The whole present snapshot; the caller's own copy."""
         return dict(self._cluster)
 
+    async def ready(self) -> None:
+        """Files can be read at any time."""
+
+    async def close(self) -> None:
+        """Nothing is held."""
+
+    def status(self) -> dict[str, Any]:
+        """For `dataplane status`."""
+        return {"kind": "manifests", "paths": list(self._paths), "files": len(self._files), "stale": self._stale}
+
     # ------------------------------------------------------------------------------------------------ reading
 
     def read(self) -> Update:

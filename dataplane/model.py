@@ -34,6 +34,9 @@ class Protocol(IntEnum):
     SCTP = 132
 
 
+_PROTOCOL_NAMES = {int(one): one.name for one in Protocol}
+
+
 def family_of(address: bytes) -> Family:
     """The family an address belongs to, told by its length."""
     return Family.IPV4 if len(address) == 4 else Family.IPV6
@@ -335,7 +338,7 @@ class VirtualAddress(NamedTuple):
     inside: bool = False
 
     def __str__(self) -> str:
-        text = f"{Protocol(self.protocol).name} {format_endpoint(self.address, self.port)}"
+        text = f"{_PROTOCOL_NAMES[self.protocol]} {format_endpoint(self.address, self.port)}"
         return f"{text} (inside)" if self.inside else text
 
 
@@ -383,4 +386,5 @@ class VirtualServer(Struct, frozen=True, gc=False):
 
     def serves(self) -> bool:
         """Some real server takes new connections."""
-        return any(real.weight for real in self.real_servers)
+        reals = self.real_servers
+        return bool(reals) and (reals[0].weight > 0 or any(real.weight for real in reals))

@@ -22,7 +22,7 @@ scheduler `mh`, which goes by the client's address.
 
 import contextlib
 import errno
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -158,14 +158,20 @@ class IpvsTransaction(Struct, frozen=True):
 
 
 class RealsTransaction(Struct, frozen=True):
-    """A plan of nothing but real servers: one tool's text, and nothing to prepare."""
+    """A plan of nothing but real servers and the hairpin addresses of those on this node."""
 
     plan: Plan
     backend: "IpvsBackend"
 
     def __str__(self) -> str:
-        rules = _rules_before(self.plan, self.backend.marks.of)
-        return "# ipvsadm -R\n" + "".join(line + "\n" for line in rules)
+        plan, backend = self.plan, self.backend
+        come, go = Elements(hairpins=set(plan.hairpin_add)), Elements(hairpins=set(plan.hairpin_remove))
+        blocks = (
+            ("nft -f -", backend.guard.script(come, _NOTHING)),
+            ("ipvsadm -R", "".join(line + "\n" for line in _rules_before(plan, backend.marks.of))),
+            ("nft -f -", backend.guard.script(_NOTHING, go)),
+        )
+        return "".join(f"# {tool}\n{text}" for tool, text in blocks if text)
 
 
 def _rules_before(plan: Plan, marks: Mapping[VirtualAddress, int]) -> Iterator[str]:
@@ -256,10 +262,20 @@ class IpvsBackend:
         """All of it: IPVS is what the model's words come from. Affinity of a server by mark is its scheduler's."""
         if not server.at.inside:
             return server
-        changed: dict[str, object] = {"masquerade": Masquerade.NODE, "no_servers": NoServers.REJECT, "allowed": ()}
-        if server.persistence:
-            changed |= {"scheduler": BY_HASH, "flags": 0, "persistence": 0, "persistence_prefix": 32}
-        return msgspec.structs.replace(server, **changed)
+        sticky = server.persistence > 0
+        return VirtualServer(
+            server.at,
+            server.real_servers,
+            BY_HASH if sticky else server.scheduler,
+            0 if sticky else server.flags,
+            0,
+            32 if sticky else server.persistence_prefix,
+            Masquerade.NODE,
+            NoServers.REJECT,
+            server.bound,
+            server.label,
+            server.kind,
+        )
 
     def present(self) -> bool:
         """Our guard table or our device is there."""
@@ -380,22 +396,33 @@ class IpvsBackend:
 
     def commit(self, transaction: Transaction) -> Outcome:
         """Do it; IPVS failures are mapped back to their virtual addresses."""
-        plan = transaction.plan
-        if not plan.reals_only:
-            return self._commit_in_order(transaction)
-        # the commonest commit of all, so by the shortest way: one send, one answer
-        change, encoder, genl = plan.change[0], self._resolved, self._genl
-        add, edit, remove = change.add, change.edit, change.remove
-        count = len(add) + len(edit) + len(remove)
+        if isinstance(transaction, RealsTransaction):
+            return self._commit_reals(transaction.plan)
+        return self._commit_in_order(transaction)
+
+    def _commit_reals(self, plan: Plan) -> Outcome:
+        """The commonest commit of all, so by the shortest way: one send, one answer."""
+        if plan.hairpin_add:
+            self.guard.add_hairpins(plan.hairpin_add)
+        genl, encoder = self._genl, self._resolved
         if encoder is None:
             encoder = self._resolved = self._encoder
-        if count <= FEW:
-            seq = genl.next_seq()
-            refusals = genl.exchange(encoder.reals(change.new, add, edit, remove, count, seq), seq)
-            if not refusals:
-                return _ALL_WELL
-        else:
-            refusals = genl.batch(_change_messages(encoder, change))
+        refusals: Sequence[Failure] = ()
+        if plan.change:
+            count = 0
+            for change in plan.change:
+                add, edit, remove, _ = change.differing
+                count += len(add) + len(edit) + len(remove)
+            if count <= FEW:
+                seq = genl.next_seq()
+                data = encoder.reals(plan.change, seq)
+                refusals = genl.exchange(data, seq)
+            else:
+                refusals = genl.batch(each for change in plan.change for each in _change_messages(encoder, change))
+        if plan.hairpin_remove:
+            self.guard.remove_hairpins(plan.hairpin_remove)
+        if not refusals:
+            return _ALL_WELL
         failed: dict[VirtualAddress, KernelError] = {}
         unsure: set[VirtualAddress] = set()
         self._sort_out(refusals, failed, unsure)
@@ -698,11 +725,12 @@ def _messages_before(encoder: Encoder, plan: Plan) -> Iterator[bytes]:
 def _change_messages(encoder: Encoder, change: ServerChange) -> list[bytes]:
     new = change.new
     messages = [encoder.server(SET_SERVICE, new)] if _edited(change) else []
-    for real in change.add:
+    add, edit, remove = change.reals()
+    for real in add:
         messages.append(encoder.real(NEW_DEST, new, real))
-    for real in change.edit:
+    for real in edit:
         messages.append(encoder.real(SET_DEST, new, real))
-    for real in change.remove:
+    for real in remove:
         messages.append(encoder.real(DEL_DEST, new, real))
     return messages
 

@@ -1,6 +1,7 @@
 """The chains of nftables mode that are made when a Service first needs them, as text and as netlink messages. Pure.
 
     pick4_3           the index is random below 3
+    draw4_3           the same, and from the index to an endpoint's number
     sticky4_10800_3   the number this client had, if that endpoint is alive, else a new one
     inside_…          the same among the endpoints for clients inside the cluster
     local_…           clients inside the cluster to inside4, the others to the chain of the rest of the name
@@ -14,11 +15,12 @@ clients; there is a pair for each affinity time in use, and the API server's def
 `nft` 1.0.6 itself runs out of registers on the masks of `update`, but lists them well.
 """
 
+import hashlib
 from typing import NamedTuple
 
 from . import nftables_messages as nft
 from .netlink_socket import NLM_F_CREATE, NLM_F_EXCL
-from .nft_layout import HOME_BITS, INSIDE, NUMBER_BITS, TABLE, chain_parts
+from .nft_layout import HOME_BITS, INSIDE, NUMBER_BITS, TABLE, Parts, chain_parts
 from .nlattr import NlAttrs, attr, be32, be64, blob, cstring, header, padding, u32_bytes
 
 _APPEND = 0x800
@@ -160,8 +162,9 @@ class MadeChain(NamedTuple):
     rules: tuple[MadeRule, ...]
 
     def comments(self) -> list[str]:
-        """What the kernel shows of it."""
-        return [f"{_MARK} {number}/{len(self.rules)}" for number in range(1, len(self.rules) + 1)]
+        """What the kernel shows of it; as with the table's own rules, comparing comments compares everything."""
+        mark = hashlib.sha256("\n".join(rule.text for rule in self.rules).encode()).hexdigest()[:8]
+        return [f"{_MARK} {number}/{len(self.rules)} [{mark}]" for number in range(1, len(self.rules) + 1)]
 
     def script(self) -> list[str]:
         """The lines that make it."""
@@ -201,14 +204,19 @@ def chain_of(name: str) -> MadeChain | None:
         rules = [MadeRule(f"jump insiders{family}", [_verdict(_JUMP, f"insiders{family}")])]
         rules += [MadeRule(f"goto {rest}", [_verdict(_GOTO, rest)])] if parts.slots else []
         return MadeChain(name, tuple(rules))
-    return MadeChain(name, _picking(family, parts.seconds, parts.slots, inside=parts.place == "inside"))
+    return MadeChain(name, _picking(family, parts))
 
 
-def _picking(family: int, seconds: int, count: int, *, inside: bool) -> tuple[MadeRule, ...]:
-    """Take one of `count` slots, or whom the client had."""
+def _picking(family: int, parts: Parts) -> tuple[MadeRule, ...]:
+    """Take one of so many slots, or whom the client had."""
+    place, kind, seconds, count = parts
+    inside = place == "inside"
     first = INSIDE if inside else 0
     pick = f"meta priority set numgen random mod {count}{f' offset {first}' if first else ''}"
-    if not seconds:
+    number = MadeRule(f"{pick} jump number{family}", [*_random(count, first), _verdict(_JUMP, f"number{family}")])
+    if kind == "draw":
+        return (number, MadeRule(f"goto numbered{family}", [_verdict(_GOTO, f"numbered{family}")]))
+    if kind == "pick":
         text = f"{pick} goto dnat{family}"
         return (MadeRule(text, [*_random(count, first), _verdict(_GOTO, f"dnat{family}")]),)
     had = [_expression("meta", _Meta.encode(dreg=8, key=_PRIORITY)), _compare(8, _NOT_EQUAL, u32_bytes(0))]
@@ -217,7 +225,7 @@ def _picking(family: int, seconds: int, count: int, *, inside: bool) -> tuple[Ma
     return (
         MadeRule(f"jump {recall}", [_verdict(_JUMP, recall)]),
         MadeRule(f"meta priority != 0 goto {keep}", [*had, _verdict(_GOTO, keep)]),
-        MadeRule(f"{pick} jump number{family}", [*_random(count, first), _verdict(_JUMP, f"number{family}")]),
+        number,
         MadeRule(f"goto {renew}", [_verdict(_GOTO, renew)]),
     )
 
@@ -229,7 +237,7 @@ def _affinity_rules(family: int, renew: bool, seconds: int) -> tuple[MadeRule, .
     dead = MadeRule(f"delete @affinity{family} {{ {key} : {number} }}", _affinity(family, _DYNSET_DELETE, 0))
     text = f"update @affinity{family} {{ {key} timeout {seconds}s : {number} }}"
     update = MadeRule(text, _affinity(family, _DYNSET_UPDATE, seconds))
-    to_endpoint = MadeRule(f"goto dnat{family}", [_verdict(_GOTO, f"dnat{family}")])
+    to_endpoint = MadeRule(f"goto numbered{family}", [_verdict(_GOTO, f"numbered{family}")])
     return (dead, update, to_endpoint) if renew else (update, to_endpoint)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 
 from .model import VirtualAddress, format_address
 from .nft_clients import Clients
-from .nft_layout import NOTHING, Entry, chain_parts, printed
+from .nft_layout import NOTHING, Entry, chain_parts, printed, shared_text
 from .walk import Detection, Stage, Walk
 
 SHOWN = 8
@@ -63,6 +63,8 @@ def objects(
         found[Stage.CHOICE] = (
             f"chain {picking}: numgen random mod {slots}{' offset 8000:0' if inside else ''}",
             *_some([f"chain dnat{suffix}: {each}" for each in elements("endpoints", decided, inside=inside)]),
+            *_some([f"chain number{suffix}: {each}" for each in elements("numbers", decided, inside=inside)]),
+            *_some([f"chain numbered{suffix}: {shared_text(*each)}" for each in sorted(decided.shared.items())]),
         )
     found[Stage.MASQUERADE] = tuple(_masquerade(walked, outer, where, suffix, detection))
     return {stage: texts for stage, texts in found.items() if stage in walked.stages()}

@@ -7,14 +7,15 @@ batch is sent again, else the outcome is Unanswered and the caller observes.
 
 Counters: the kernel counts connections on the elements of `endpoints`, and loses a count only with its element. When a
 change of a server takes elements away (a slot moves, an affinity begins), the kernel echoes them as they were, and what
-they counted is kept in memory. A new process begins with what the elements say.
+they counted is kept in memory. A new process begins with what the elements say. Those of `shared` count for all
+addresses of a Service's port: one of them tells that, the others cannot tell theirs.
 """
 
 import errno
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from msgspec import Struct
 
@@ -24,12 +25,12 @@ from . import nftables_messages as nft
 from .backend import NO_SETTINGS, Options, Outcome, RealCounters, ServerReport, Transaction
 from .drain import DrainKey
 from .errors import KernelError, Unanswered
-from .model import Address, VirtualAddress, VirtualServer, between, disjoint, format_address
+from .model import Address, RealServer, VirtualAddress, VirtualServer, between, disjoint, format_address
 from .netlink_socket import HEADER, NETLINK_NETFILTER, NLM_F_ECHO, NetlinkSocket
 from .netlink_trace import PacketTrace
 from .nft_chains import chain_of, needed
 from .nft_clients import Clients, read_detection
-from .nft_layout import NOTHING, TABLE, Difference, Entry, Homes, Target
+from .nft_layout import NOTHING, TABLE, Difference, Entry, Homes, Restocking, Target
 from .nft_path import objects
 from .nft_skeleton import StaticTable, render
 from .nlattr import u32_bytes
@@ -68,6 +69,10 @@ class NftTransaction(Struct, frozen=True):
 
     plan: Plan
     steps: tuple[Step, ...]
+    refills: Restocking
+    """Servers of which nothing but what their numbers lead to differs."""
+    stock: Restocking
+    """These, and shared endpoints of the others."""
     chains: tuple[str, ...]
     """To be made, as no Service needed them before."""
     unsure: frozenset[VirtualAddress]
@@ -76,7 +81,7 @@ class NftTransaction(Struct, frozen=True):
     def __str__(self) -> str:
         plan = self.plan
         made = [line for name in self.chains if (chain := chain_of(name)) for line in chain.script()]
-        gone, come = [], []
+        gone, come = lay.printed_stock(self.stock)
         for step in sorted(self.steps, key=lambda each: (len(each.at.address), each.at)):
             old, new = lay.printed(step.at, step.old, step.new)
             name = f"# {step.at} {step.new.comment or step.old.comment}".rstrip()
@@ -127,12 +132,24 @@ class NftablesBackend:
         self._echoes: list[bytes] = []
         """What the kernel told of them, not yet read: nobody who waits for a change needs it."""
         self._homes = Homes()
+        self._plain: tuple[RealServer, ...] = ()
+        """Real servers that need no change to be held; addresses of a Service come one after the other."""
+        self._shared_counts: dict[str, dict[Target, int]] = {}
+        """The same as `_counted` of shared elements, by their Service port's name."""
+        self._strays: dict[nft.SetWire, list[bytes]] = {}
+        """Shared elements that nothing leads to, to be removed with the next commit."""
+        self._refused = False
+        """The kernel refused the last batch: the next one is made so that its parts do not depend on each other."""
 
     # ------------------------------------------------------------------------------------------------ contract
 
     def express(self, server: VirtualServer) -> VirtualServer:
         """Random choice, weights as slots; see `nft_layout.canonical`."""
-        return lay.canonical(server)
+        reals = server.real_servers
+        held = lay.canonical(server, plain=reals is self._plain)
+        if held.real_servers is reals:
+            self._plain = reals
+        return held
 
     def present(self) -> bool:
         """Our table is there."""
@@ -174,9 +191,10 @@ class NftablesBackend:
         hairpins: set[Address] = set()
         for _ in range(_RACES):
             before = netlink.read_generation(self._sock).id
-            self._entries, self._chains = {}, set()
+            self._entries, self._chains, self._strays = {}, set(), {}
             if self._table.exists():
-                self._entries, vips, hairpins, _ = self._read()
+                found = self._read()
+                self._entries, vips, hairpins, self._strays = found.entries, found.vips, found.hairpins, found.strays
                 self._chains = set(self._table.read()[1])
             if netlink.read_generation(self._sock).id == before:
                 break
@@ -197,6 +215,8 @@ class NftablesBackend:
         self._count_echoes()
         for at in self._counted.keys() - self._entries.keys():
             del self._counted[at]
+        for name in self._shared_counts.keys() - {_port_name(at, entry) for at, entry in self._entries.items()}:
+            del self._shared_counts[name]
         return state
 
     def suspects(self, held: State) -> set[VirtualAddress] | None:
@@ -212,36 +232,62 @@ class NftablesBackend:
             self.observe()
         steps, unsure = [], set()
         chains: dict[str, None] = {}
-        entries, layout = self._entries, lay.layout
-        for server in plan.add:
+        entries, layout, homes = self._entries, lay.layout, self._homes
+        refills = NO_STOCK
+        refilled: set[int] = set()
+        if homes.used:
+            lost = lay.losses(plan.change, entries)
+            homes.begin(() if self._refused else lost)
+            refills = Restocking.nothing()
+            for loss in lost:
+                if homes.refill(loss, refills):
+                    refilled.update(map(id, loss.changes))
+        adds = [_canonical(server) for server in plan.add]
+        for server in adds:
+            if not server.bound and (server.persistence or homes.room()):
+                homes.port(server)  # so that the cluster IP beside it knows that it is not alone
+        for server in adds:
             at = server.at
             old = entries.get(at, NOTHING)
             if old is not NOTHING and old.whole():
                 unsure.add(at)
                 continue
-            steps.append(Step(at, old, layout(_canonical(server), old, self._homes)))
-        for change in plan.change:
+            steps.append(Step(at, old, layout(server, old, homes)))
+        for change in plan.change if len(refilled) < len(plan.change) else ():
+            if id(change) in refilled:
+                continue
             at = change.new.at
-            if at not in self._entries:
+            held = entries.get(at)
+            if held is None:
                 unsure.add(at)
                 continue
-            old = self._entries[at]
-            steps.append(Step(at, old, layout(_canonical(change.new), old, self._homes)))
+            steps.append(Step(at, held, layout(_canonical(change.new), held, homes)))
         for missing in {step.new.chain: None for step in steps if step.new.chain not in self._chains}:
             if missing:
                 chains |= dict.fromkeys(name for name in needed(missing) if name not in self._chains)
         for server in plan.remove:
-            old = self._entries.get(server.at, NOTHING)
+            old = entries.get(server.at, NOTHING)
             if old is not NOTHING:
                 steps.append(Step(server.at, old, NOTHING))
-        return NftTransaction(plan, tuple(steps), tuple(chains), frozenset(unsure))
+        return NftTransaction(
+            plan, tuple(steps), refills, self._stock(steps, refills), tuple(chains), frozenset(unsure)
+        )
+
+    def _stock(self, steps: Collection[Step], refills: Restocking) -> Restocking:
+        if not steps or not self._homes.used:
+            return refills
+        return refills.joined(self._homes.difference((step.old, step.new) for step in steps))
 
     def commit(self, transaction: Transaction) -> Outcome:
         """One batch. What the kernel refuses is found, left out, and the rest sent again."""
         assert isinstance(transaction, NftTransaction)
         failed: dict[VirtualAddress, KernelError] = {}
         unsure = set(transaction.unsure)
-        self._commit(transaction.steps, transaction.chains, _addresses(transaction.plan), failed, unsure)
+        self._refused = False
+        addresses = _addresses(transaction.plan)
+        self._commit(
+            transaction.steps, transaction.stock, transaction.refills, transaction.chains, addresses, failed, unsure
+        )
         return Outcome(failed, frozenset(unsure))
 
     def intact(self) -> bool:
@@ -268,15 +314,24 @@ class NftablesBackend:
         if not self._table.exists():
             return
         self._count_echoes()
-        entries, vips, hairpins, packets = self._read()
+        found = self._read()
+        entries = found.entries
+        told = self._tellers(entries)
         for at in sorted(entries, key=lambda each: (len(each.address), each)):
             entry = entries[at]
             counts = dict(self._counted.get(at, {}))
             for index, target in entry.endpoints.items():
-                counts[target] = counts.get(target, 0) + packets[at, index]
-            server = lay.server_of(at, entry, vips, hairpins)
+                counts[target] = counts.get(target, 0) + found.packets[at, index]
+            if port := told.get(at):
+                for target, count in self._shared_counts.get(port, {}).items():
+                    counts[target] = counts.get(target, 0) + count
+                for number, target in entry.shared.items():
+                    counts[target] = counts.get(target, 0) + found.shared[number]
+            unknown = -1 if entry.shared and at not in told else 0
+            server = lay.server_of(at, entry, found.vips, found.hairpins)
             rows = tuple(
-                (real, RealCounters(0, 0, counts.get((real.address, real.port), 0))) for real in server.real_servers
+                (real, RealCounters(0, 0, counts.get((real.address, real.port), unknown)))
+                for real in server.real_servers
             )
             yield ServerReport(server, 0, sum(counts.values()), rows, True)
 
@@ -303,8 +358,8 @@ class NftablesBackend:
             return None
         for each in wire.elements_in(answer):
             if isinstance(each.data, bytes):
-                number = int.from_bytes(each.data, _NATIVE) | (lay.INSIDE if server.at.inside else 0)
-                target = self._entries.get(server.at, NOTHING).endpoints.get(number)
+                number = int.from_bytes(each.data, _NATIVE) & ~lay.INSIDE
+                target = self._entries.get(server.at, NOTHING).shared.get(number)
                 left = None if each.remaining is None else each.remaining // 1000
                 return Remembered(*target, left) if target else None
         return None
@@ -316,6 +371,18 @@ class NftablesBackend:
     def watch(self, wanted: Look) -> Witness:
         """By nftrace: each rule that a packet meets."""
         return PacketTrace(wanted)
+
+    def _tellers(self, entries: Mapping[VirtualAddress, Entry]) -> dict[VirtualAddress, str]:
+        """Of the addresses of each Service port that share endpoints, the one that tells what these have counted: one
+        that has all of them, the cluster IP if it can be."""
+        best: dict[str, tuple[tuple[int, bool, int, VirtualAddress], VirtualAddress]] = {}
+        for at, entry in entries.items():
+            if entry.shared or self._shared_counts:
+                rank = -len(entry.shared), entry.external or at.inside, len(at.address), at
+                name = _port_name(at, entry)
+                if name not in best or rank < best[name][0]:
+                    best[name] = rank, at
+        return {at: name for name, (_, at) in best.items()}
 
     def monitors(self) -> tuple[int, ...]:
         """The socket on which the kernel tells of nftables changes."""
@@ -346,6 +413,7 @@ class NftablesBackend:
                 if error.errno != errno.ENOENT:
                     raise
         self._entries, self._chains, self._generation, self._counted, self._homes = {}, set(), None, {}, Homes()
+        self._shared_counts, self._strays = {}, {}
 
     def close(self) -> None:
         """Give descriptors back."""
@@ -363,20 +431,23 @@ class NftablesBackend:
     def _commit(
         self,
         steps: Collection[Step],
+        stock: Restocking,
+        refills: Restocking,
         chains: Iterable[str],
-        shared: "_Shared | None",
+        addresses: "_Addresses | None",
         failed: dict[VirtualAddress, KernelError],
         unsure: set[VirtualAddress],
     ) -> None:
         """Send steps in one batch; when the kernel refuses it, the suspects go one by one behind the rest."""
         try:
-            self._send(steps, chains, shared)
+            self._send(steps, stock, chains, addresses)
             return
         except netlink.BatchRefused as error:
             suspects = {at for failure in error.failures for at in _named(failure.message)}
             refused = error
+        self._refused = True
         doubtful = [step for step in steps if step.at in suspects]
-        if len(steps) == 1 and (doubtful or not shared):
+        if len(steps) == 1 and (doubtful or not addresses):
             (step,) = steps
             if refused.errno in (errno.EEXIST, errno.ENOENT, errno.EBUSY):
                 unsure.add(step.at)
@@ -389,19 +460,30 @@ class NftablesBackend:
         chains = list(chains)
         rest = [step for step in steps if step.at not in suspects]
         wanted = {name for step in rest if step.new.chain for name in needed(step.new.chain)}
-        self._commit(rest, [name for name in chains if name in wanted], shared, failed, unsure)
+        chains = [name for name in chains if name in wanted]
+        self._commit(rest, self._stock(rest, refills), refills, chains, addresses, failed, unsure)
+        nothing = Restocking.nothing()
         for step in doubtful:
             missing = [name for name in needed(step.new.chain) if name and name not in self._chains]
-            self._commit([step], missing, None, failed, unsure)
+            self._commit([step], self._stock([step], nothing), nothing, missing, None, failed, unsure)
 
-    def _send(self, steps: Collection[Step], chains: Iterable[str], shared: "_Shared | None") -> None:
+    def _send(
+        self, steps: Collection[Step], stock: Restocking, chains: Iterable[str], addresses: "_Addresses | None"
+    ) -> None:
         made = [name for name in chains if name not in self._chains]
         difference = Difference()
         for step in steps:
             difference.apply(step.at, step.old, step.new)
-        removed, added = shared or ({}, {})
+        if stock.uses:
+            difference.restock(stock)
+        removed, added = addresses or ({}, {})
         messages = [message for name in made if (chain := chain_of(name)) for message in chain.messages()]
-        for packed, flags in ((difference.remove, 0), (removed, 0), (difference.counted, NLM_F_ECHO)):
+        for packed, flags in (
+            (difference.remove, 0),
+            (removed, 0),
+            (difference.counted, NLM_F_ECHO),
+            (self._strays, 0),
+        ):
             messages += [message for wire, each in packed.items() for message in wire.remove(each, flags)]
         for packed in (difference.add, added):
             messages += [message for wire, each in packed.items() for message in wire.add(each)]
@@ -411,9 +493,13 @@ class NftablesBackend:
         if len(self._echoes) > _ECHOES:
             self._count_echoes()
         self._chains.update(made)
+        self._strays = {}
         entries = self._entries
+        if stock.uses:
+            if any(whose is None and step < 0 for (_, whose), step in stock.uses.items()):
+                self._count_echoes()  # while the Service port has its number
+            self._homes.apply(stock)
         for step in steps:
-            self._homes.replace(step.old, step.new)
             if step.new is NOTHING:
                 self._count_echoes()
                 entries.pop(step.at, None)
@@ -461,21 +547,23 @@ class NftablesBackend:
         kind = HEADER.unpack_from(echo)[1]
         if kind != nft.SUBSYSTEM << 8 | nft.Message.DELSETELEM:
             return
-        for wire in lay.ENDPOINTS.values():
+        for wire in (*lay.ENDPOINTS.values(), *lay.SHARED.values()):
             if nft.ElementListAttrs.decode(echo, nft.BODY).get("set") != wire.name:
                 continue
             for each in wire.elements_in(echo):
                 if each.packets and isinstance(each.data, bytes):
-                    counts = self._counted.setdefault(_at(wire, each), {})
+                    if wire in lay.SHARED.values():
+                        name = self._homes.name(int.from_bytes(each.key[0], _NATIVE))
+                        counts = self._shared_counts.setdefault(name, {})
+                    else:
+                        counts = self._counted.setdefault(_at(wire, each), {})
                     target = _target(each.data)
                     counts[target] = counts.get(target, 0) + each.packets
 
     # ------------------------------------------------------------------------------------------------- reading
 
-    def _read(
-        self,
-    ) -> tuple[dict[VirtualAddress, Entry], set[Address], set[Address], dict[tuple[VirtualAddress, int], int]]:
-        """Entries, VIPs, hairpin addresses, and packets counted by index."""
+    def _read(self) -> "_Found":
+        """All that is in the table."""
         entries: dict[VirtualAddress, Entry] = {}
         packets: dict[tuple[VirtualAddress, int], int] = {}
 
@@ -487,7 +575,11 @@ class NftablesBackend:
 
         vips: set[Address] = set()
         hairpins: set[Address] = set()
+        shared: dict[int, tuple[Target, int]] = {}
         for width in (4, 16):
+            for one in self._dump(lay.SHARED[width]):
+                if isinstance(one.data, bytes):
+                    shared[int.from_bytes(one.key[0], _NATIVE)] = _target(one.data), one.packets
             for one in self._dump(lay.SERVICES[width]):
                 found = entry(one.key)
                 found.chain = one.data[1] if isinstance(one.data, tuple) else ""
@@ -526,7 +618,19 @@ class NftablesBackend:
             self._read_ranges(width, entry)
             vips.update(one.key[0] for one in self._dump(lay.VIPS[width]))
             hairpins.update(one.key[0] for one in self._dump(lay.HAIRPIN[width]) if one.key[0] == one.key[1])
-        return entries, vips, hairpins, packets
+        used: set[int] = set()
+        homes = Homes()
+        for each in entries.values():
+            if each.numbers:
+                alike = {number: shared[number][0] for number in each.numbers.values() if number in shared}
+                each.shared = homes.same(alike)
+                used.update(each.shared)
+        strays: dict[nft.SetWire, list[bytes]] = {}
+        for number in shared.keys() - used:
+            wire = lay.SHARED[len(shared[number][0][0])]
+            strays.setdefault(wire, []).append(wire.key(u32_bytes(number)))
+        counts = {number: packets for number, (_, packets) in shared.items()}
+        return _Found(entries, vips, hairpins, packets, counts, strays)
 
     def _read_ranges(self, width: int, entry: Callable[[tuple[Address, int, int]], Entry]) -> None:
         ranged = {one.key for one in self._dump(lay.RANGED[width])}
@@ -548,9 +652,26 @@ class NftablesBackend:
             return []  # somebody has deleted the set; `intact` says so
 
 
+NO_STOCK = Restocking.nothing()
+"""Never written to."""
 _NATIVE: Literal["little", "big"] = sys.byteorder
-_Shared = tuple[lay.Packed, lay.Packed]
+_Addresses = tuple[lay.Packed, lay.Packed]
 """Addresses to take away and to add, packed."""
+
+
+class _Found(NamedTuple):
+    """The content of the table. `packets`: what slots counted; `shared`: what numbers did."""
+
+    entries: dict[VirtualAddress, Entry]
+    vips: set[Address]
+    hairpins: set[Address]
+    packets: dict[tuple[VirtualAddress, int], int]
+    shared: dict[int, int]
+    strays: dict[nft.SetWire, list[bytes]]
+
+
+def _port_name(at: VirtualAddress, entry: Entry) -> str:
+    return lay.port_name(at, nft.read_owner(entry.comment)[0])
 
 
 def _canonical(server: VirtualServer) -> VirtualServer:
@@ -558,7 +679,7 @@ def _canonical(server: VirtualServer) -> VirtualServer:
     return server if server.scheduler == lay.SCHEDULER else lay.canonical(server)
 
 
-def _addresses(plan: Plan) -> _Shared:
+def _addresses(plan: Plan) -> _Addresses:
     """VIPs and hairpin addresses of a plan."""
     remove: lay.Packed = {}
     add: lay.Packed = {}

@@ -5,6 +5,7 @@ at the virtual addresses it is given, so a change of one Service costs the same 
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -57,6 +58,16 @@ class State:
         if old is not None:
             self._count(old, -1)
 
+    def _replace(self, change: "Change") -> None:
+        """`put`, for what is mostly known: only what differs is counted."""
+        old, new = change.old, change.new
+        if self.servers.get(new.at) is not old or old.bound is not new.bound:
+            self.put(new)
+            return
+        self.servers[new.at] = new
+        for address, step in change.differing.hairpins:
+            _add(self._hairpin_uses, address, step)
+
     def _count(self, server: VirtualServer, step: int) -> None:
         if server.bound:
             _add(self._vip_uses, server.at.address, step)
@@ -85,13 +96,30 @@ class State:
                 self.put(server)
                 self.ghosts.discard(server.at)
         for change in plan.change:
-            if change.new.at not in skip:
-                self.put(change.new)
+            if not skip or change.new.at not in skip:
+                self._replace(change)
         self.vips.difference_update(plan.unbind)
         self.vips.update(plan.bind)
         self.partial.difference_update(plan.bind, plan.unbind)
         self.hairpins.difference_update(plan.hairpin_remove)
         self.hairpins.update(plan.hairpin_add)
+
+
+class Reals(NamedTuple):
+    """What differs between the real servers of two states of a virtual server.
+
+    Addresses of a Service that have the same endpoints share one of these, by which whoever works on them sees that it
+    has been there before.
+    """
+
+    add: Sequence[RealServer] = ()
+    edit: Sequence[RealServer] = ()
+    remove: Sequence[RealServer] = ()
+    hairpins: Sequence[tuple[Address, int]] = ()
+    """Real servers on this node that come (+1) and go (-1)."""
+
+
+NO_REALS = Reals()
 
 
 class Change(Struct, frozen=True):
@@ -101,18 +129,15 @@ class Change(Struct, frozen=True):
     new: VirtualServer
     server: bool = False
     """Something of the virtual server itself differs, not only its real servers."""
-    hairpins: bool = False
-    """A real server that differs runs, or ran, on this node."""
-    add: Sequence[RealServer] = ()
-    edit: Sequence[RealServer] = ()
-    remove: Sequence[RealServer] = ()
+    differing: Reals = NO_REALS
 
     def __iter__(self) -> Iterator[VirtualServer]:
         return iter((self.old, self.new))
 
     def __bool__(self) -> bool:
         """There is something to do (where a real server runs is the hairpin addresses' matter)."""
-        return bool(self.server or self.edit or self.add or self.remove)
+        add, edit, remove, _ = self.differing
+        return bool(self.server or edit or add or remove)
 
     def edited(self) -> bool:
         """Something of the virtual server itself differs, not only its real servers."""
@@ -120,14 +145,14 @@ class Change(Struct, frozen=True):
 
     def reals(self) -> tuple[Sequence[RealServer], Sequence[RealServer], Sequence[RealServer]]:
         """Real servers to add, to change in place, and to remove."""
-        return self.add, self.edit, self.remove
+        return self.differing[:3]
 
 
 class Plan(Struct, frozen=True):
     """Everything one commit does. An empty plan, and only that, means there is nothing to do.
 
-    `blocked`: wanted virtual addresses that somebody else holds in the kernel. `reals_only`: it is known to be one
-    change that concerns nothing but real servers (a plan that is not marked may be one too).
+    `blocked`: wanted virtual addresses that somebody else holds in the kernel. `reals_only`: it is known that
+    nothing but real servers and hairpin addresses change (a plan that is not marked may be like that too).
     """
 
     add: tuple[VirtualServer, ...] = ()
@@ -164,10 +189,11 @@ class Plan(Struct, frozen=True):
         deletes = sum(s.at not in skip for s in self.remove) + len(self.unbind) + len(self.hairpin_remove)
         sets = 0
         for change in self.change:
-            if change.new.at not in skip:
-                adds += len(change.add)
-                sets += len(change.edit) + change.server
-                deletes += len(change.remove)
+            if not skip or change.new.at not in skip:
+                add, edit, remove, _ = change.differing
+                adds += len(add)
+                sets += len(edit) + change.server
+                deletes += len(remove)
         return adds, sets, deletes
 
 
@@ -201,10 +227,11 @@ def diff(
         if old is not None and new is not None:
             if old is new or old == new:
                 continue  # the common case of a full look; what both need cancels out
-            if differing := compare(old, new):
+            differing = compare(old, new)
+            if differing or differing.differing.hairpins:  # as in `of_changes`
                 change.append(differing)
-            _count_hairpins(hairpins, old, -1)
-            _count_hairpins(hairpins, new, +1)
+            for address, step in differing.differing.hairpins:
+                _add(hairpins, address, step)
             if old.bound == new.bound:
                 continue
         elif new is not None:
@@ -247,25 +274,49 @@ def _everything(wanted: Mapping[VirtualAddress, VirtualServer]) -> Plan:
     return Plan(tuple(wanted.values()), bind=tuple(vips), hairpin_add=tuple(hairpins))
 
 
-def reals_only(held: State, change: Change) -> Plan | None:
-    """The plan of the commonest change, nothing but real servers of elsewhere with all else in place; None: `diff`."""
-    old = change.old
-    if change.server or change.hairpins or held.foreign or held.partial:
+def of_changes(held: State, changes: Iterable[Change]) -> Plan | None:
+    """The plan of the commonest changes, servers that are there and stay, with all else in place; None: `diff`."""
+    if held.foreign or held.partial:
         return None
-    if old.bound and old.at.address not in held.vips:
-        return None
-    if change.edit or change.add or change.remove:
+    differing: list[Change] = []
+    hairpins: dict[Address, int] = {}
+    reals_only = True
+    for change in changes:
+        old, new = change.old, change.new
+        bound = old.bound
+        if bound is not new.bound or (bound and old.at.address not in held.vips):
+            return None
+        add, edit, remove, local = change.differing
+        for address, step in local:
+            hairpins[address] = hairpins.get(address, 0) + step
+        if not (change.server or add or edit or remove or local):
+            continue
+        differing.append(change)  # where a real server runs is nothing to do, but has to be known
         # what packets meet in front of a server may go by whether it has somebody to serve: elsewhere than at a cluster
         # IP, or where it drops when it has nobody
-        plain = old.bound and old.no_servers is _REJECT
-        return Plan((), (change,), (), (), (), (), (), (), plain or (old.serves() and change.new.serves()))
-    return NO_PLAN
+        if reals_only:
+            plain = bound and old.no_servers is _REJECT
+            reals_only = not change.server and (plain or _both_serve(old.real_servers, new.real_servers))
+    if hairpins:
+        come, go = _missing(held.hairpins, held.uses()[1], hairpins, ())
+        if come or go:
+            return Plan((), tuple(differing), (), (), (), come, go, (), reals_only)
+    return Plan((), tuple(differing), (), (), (), (), (), (), reals_only) if differing else NO_PLAN
 
 
-def compare(old: VirtualServer, new: VirtualServer) -> Change:
+def _both_serve(before: tuple[RealServer, ...], after: tuple[RealServer, ...]) -> bool:
+    if before and after and before[0].weight and after[0].weight:
+        return True  # as nearly always
+    return any(real.weight for real in before) and any(real.weight for real in after)
+
+
+Known = dict[tuple[int, int], Reals]
+"""Comparisons of real servers made before, by the identities of the two tuples, which somebody keeps meanwhile."""
+
+
+def compare(old: VirtualServer, new: VirtualServer, known: Known | None = None) -> Change:
     """What differs between two states of one virtual server."""
-    server = False
-    if (
+    server = (
         old.label != new.label
         or old.scheduler != new.scheduler
         or old.flags != new.flags
@@ -276,27 +327,38 @@ def compare(old: VirtualServer, new: VirtualServer) -> Change:
         or old.bound is not new.bound
         or old.kind is not new.kind
         or (old.allowed is not new.allowed and old.allowed != new.allowed)
-    ):
-        server = True
+    )
     before, after = old.real_servers, new.real_servers
+    if known is None:
+        return Change(old, new, server, _differing(before, after))
+    pair = id(before), id(after)
+    differing = known.get(pair)
+    if differing is None:
+        differing = known[pair] = _differing(before, after)
+    return Change(old, new, server, differing)
+
+
+def _differing(before: tuple[RealServer, ...], after: tuple[RealServer, ...]) -> Reals:
     # one walk through both; plain indexing and comparing, since the first call of anything costs more than all the rest
     add: list[RealServer] = []
     edit: list[RealServer] = []
     remove: list[RealServer] = []
-    hairpins = False
+    hairpins: list[tuple[Address, int]] = []
     count, index = len(before), 0
     for real in after:
         while True:
             if index == count:
                 add.append(real)
-                hairpins = hairpins or real.local
+                if real.local:
+                    hairpins.append((real.address, +1))
                 break
             was = before[index]
             if was == real:
                 index += 1
                 break
             if was.address == real.address and was.port == real.port:
-                hairpins = hairpins or was.local or real.local
+                if was.local is not real.local:
+                    hairpins.append((real.address, +1 if real.local else -1))
                 if was.weight != real.weight or _edited(was, real):
                     edit.append(real)
                 index += 1
@@ -304,22 +366,26 @@ def compare(old: VirtualServer, new: VirtualServer) -> Change:
             # both are sorted: what comes before `real` is not wanted any more
             if (was.address, was.port) > (real.address, real.port):
                 add.append(real)
-                hairpins = hairpins or real.local
+                if real.local:
+                    hairpins.append((real.address, +1))
                 break
             remove.append(was)
-            hairpins = hairpins or was.local
+            if was.local:
+                hairpins.append((was.address, -1))
             index += 1
     while index < count:
         was = before[index]
         remove.append(was)
-        hairpins = hairpins or was.local
+        if was.local:
+            hairpins.append((was.address, -1))
         index += 1
-    return Change(old, new, server, hairpins, add, edit, remove)
+    return Reals(add, edit, remove, hairpins)
 
 
 def keeping(change: Change, kept: Sequence[RealServer]) -> Change:
     """The change with real servers that it would remove still there, as `kept` has them: weight 0. Both are sorted."""
-    edit, remove = [*change.edit], []
+    add, edited, removed, hairpins = change.differing
+    edit, remove = [*edited], []
     reals: list[RealServer] = []
     index, count = 0, len(kept)
     for real in change.new.real_servers:
@@ -329,15 +395,18 @@ def keeping(change: Change, kept: Sequence[RealServer]) -> Change:
         reals.append(real)
     reals += kept[index:]
     index = 0
-    for was in change.remove:
+    for was in removed:
         if index < count and kept[index].address == was.address and kept[index].port == was.port:
             if kept[index].weight != was.weight:
                 edit.append(kept[index])
+            if was.local:
+                hairpins = [*hairpins]
+                hairpins.remove((was.address, -1))
             index += 1
         else:
             remove.append(was)
     new = replace(change.new, real_servers=tuple(reals))
-    return Change(change.old, new, change.server, change.hairpins, change.add, edit, remove)
+    return Change(change.old, new, change.server, Reals(add, edit, remove, hairpins))
 
 
 def _edited(old: RealServer, new: RealServer) -> bool:

@@ -10,7 +10,7 @@ import msgspec
 from msgspec import Struct
 
 from .backend import RealCounters, ServerReport
-from .counters import Target
+from .counters import RealServerAt
 from .drain import DrainKey
 from .ipvsadm_text import scheduler_flags
 from .model import Forwarding, Protocol, RealServer, ServerFlags, VirtualAddress, format_address
@@ -147,7 +147,12 @@ class Look(Struct, frozen=True, rename="camel"):
 
     def to_json(self) -> bytes:
         """For the control socket."""
-        return msgspec.json.encode(self)
+        return self.around([msgspec.json.encode(row) for row in self.services])
+
+    def around(self, rows: Iterable[bytes]) -> bytes:
+        """The same with rows that are JSON already in the place of its own."""
+        head = msgspec.json.encode(msgspec.structs.replace(self, services=()))
+        return head.replace(b'"services":[]', b'"services":[' + b",".join(rows) + b"]", 1)
 
     @classmethod
     def from_json(cls, text: bytes) -> "Look":
@@ -160,36 +165,39 @@ def _host(address: str) -> str:
 
 
 def service_rows(
-    reports: Iterable[ServerReport],
-    clocks: Mapping[DrainKey, float],
-    hits: Callable[[Target, int | None], int | None] = lambda _, own: own,
-    totals: Mapping[VirtualAddress, int] | None = None,
+    reports: Iterable[ServerReport], clocks: Mapping[DrainKey, float], hits: "Hits | None" = None
 ) -> tuple[ServiceRow, ...]:
     """What a backend reports, by name; what has no name comes last, in the backend's order.
 
-    `hits`: the count of a real server that the mode itself counts so. `totals`: those of virtual servers; without them
-    a virtual server has the hits of the real servers that are here.
+    `hits`: who counts them; None = the mode's own counters.
     """
-    rows = [_service_row(report, clocks, hits, totals) for report in reports]
-    return tuple(
-        sorted(rows, key=lambda row: (not row.ours, not row.service, row.namespace, row.service, row.port_name))
-    )
+    return tuple(sorted((service_row(report, clocks, hits) for report in reports), key=by_name))
 
 
-def _service_row(
-    report: ServerReport,
-    clocks: Mapping[DrainKey, float],
-    hits: Callable[[Target, int | None], int | None],
-    totals: Mapping[VirtualAddress, int] | None,
-) -> ServiceRow:
+def by_name(row: ServiceRow) -> tuple[object, ...]:
+    """The order of rows."""
+    return (not row.ours, not row.service, row.namespace, row.service, row.port_name)
+
+
+Hits = Callable[[ServerReport], tuple[Mapping[RealServerAt, int], int]]
+"""Hits of the real servers of a virtual server, as far as somebody can tell, and those of all that it ever had."""
+
+
+def own_counters(report: ServerReport) -> tuple[dict[RealServerAt, int], int]:
+    """Hits as the mode itself has counted them."""
+    known = {(real.address, real.port): counters.connections for real, counters in report.reals}
+    known = {backend: count for backend, count in known.items() if count >= 0}
+    return known, max(report.connections, sum(known.values()))
+
+
+def service_row(report: ServerReport, clocks: Mapping[DrainKey, float], hits: "Hits | None" = None) -> ServiceRow:
+    """One virtual server."""
     server = report.server
     namespace, _, rest = server.label.partition("/")
     name, _, port_name = rest.partition(":")
     by_mark = report.fwmark and not report.ours
-    counted = [
-        hits(Target(server.at, real.address, real.port), _known(counters.connections))
-        for real, counters in report.reals
-    ]
+    counts, total = (hits or own_counters)(report)
+    counted = [counts.get((real.address, real.port)) for real, _ in report.reals]
     here = sum(filter(None, counted))
     return ServiceRow(
         namespace,
@@ -211,7 +219,7 @@ def _service_row(
         server.no_servers.value,
         report.ours,
         report.connections,
-        here if totals is None else max(here, totals.get(server.at, 0)),
+        total,
         None,
         tuple(
             _real_row(server.at, real, counters, clocks, count, here)

@@ -6,6 +6,7 @@ iptables-nft has no lock and writes nf_tables. One host may have both, and packe
 
 import contextlib
 import errno
+from collections.abc import Iterable
 from pathlib import Path
 
 from .errors import KernelError, NotRoot, PreflightError, ToolError, Unanswered
@@ -60,12 +61,12 @@ class Tools:
                 chain.name == MARKER for table in ("nat", "filter") for chain in read_chains(sock, self._family, table)
             )
 
-    def restore(self, text: str, *, counters: bool = False) -> None:
-        """Apply restore text, which is atomic per table."""
+    def restore(self, text: str | Iterable[str], *, counters: bool = False) -> None:
+        """Apply restore text, which is atomic per section of a table: what has no COMMIT changes nothing."""
         flags = ["--noflush", "-w", str(LOCK_SECONDS), *(["--counters"] if counters else [])]
         self._run("-restore", *flags, input=text, timeout=RESTORE_SECONDS)
 
-    def _run(self, suffix: str, *arguments: str, input: str = "", timeout: float) -> str:  # noqa: A002
+    def _run(self, suffix: str, *arguments: str, input: str | Iterable[str] = "", timeout: float) -> str:  # noqa: A002
         program = self.prefix + suffix
         try:
             return run_tool([program, *arguments], input=input, timeout=timeout)

@@ -169,7 +169,12 @@ def plan_summary(plan: Plan) -> str:
     """`2 virtual servers to add, 1 to change; 6 real servers to add; 2 VIPs to bind`."""
     reals = [change.reals() for change in plan.change]
     parts = [
-        _amounts("virtual server", (len(plan.add), "add"), (len(plan.change), "change"), (len(plan.remove), "remove")),
+        _amounts(
+            "virtual server",
+            (len(plan.add), "add"),
+            (sum(map(bool, plan.change)), "change"),
+            (len(plan.remove), "remove"),
+        ),
         _amounts(
             "real server",
             (sum(len(s.real_servers) for s in plan.add) + sum(len(add) for add, _, _ in reals), "add"),
@@ -224,7 +229,7 @@ def plan_objects(plan: Plan) -> list[dict[str, Any]]:
         }
 
     objects = [server("add", each, add=list(map(str, each.real_servers))) for each in plan.add]
-    for change in plan.change:
+    for change in filter(None, plan.change):
         add, edit, gone = (list(map(str, part)) for part in change.reals())
         objects.append(server("change", change.new, add=add, change=edit, remove=gone))
     objects += [server("remove", each, remove=list(map(str, each.real_servers))) for each in plan.remove]

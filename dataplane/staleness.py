@@ -16,6 +16,7 @@ from .model import Address, Protocol, VirtualAddress, VirtualServer
 
 Place = tuple[Address, int]
 """An address and a port."""
+_UDP = int(Protocol.UDP)
 Right = dict[Place, frozenset[Place]]
 """For each destination, where replies may come from."""
 
@@ -31,7 +32,7 @@ class Staleness:
 
     def touch(self, addresses: Iterable[VirtualAddress]) -> None:
         """Their virtual servers, or the endpoints of their Services, have changed."""
-        self._due.update((at.address, at.port) for at in addresses if at.protocol == Protocol.UDP)
+        self._due.update((at.address, at.port) for at in addresses if at.protocol == _UDP)
 
     def touch_everything(self) -> None:
         """It is not known what has changed."""
@@ -39,7 +40,7 @@ class Staleness:
 
     def remove(self, servers: Iterable[VirtualServer]) -> None:
         """A commit was to remove them: entries to them are ours to judge though nothing is there any more."""
-        gone = [(server.at.address, server.at.port) for server in servers if server.at.protocol == Protocol.UDP]
+        gone = [(server.at.address, server.at.port) for server in servers if server.at.protocol == _UDP]
         self._due.update(gone)
         self._removed.update(gone)
 
@@ -95,7 +96,7 @@ def _right(
     """Where entries to a place may lead; None = no virtual server of ours is there."""
     found: set[Place] | None = None
     for inside in (False, True):
-        server = held.get(VirtualAddress(int(Protocol.UDP), *place, inside))
+        server = held.get(VirtualAddress(_UDP, *place, inside))
         if server is not None:
             found = set() if found is None else found
             found.update((real.address, real.port) for real in server.real_servers)

@@ -69,6 +69,9 @@ class NodeAgent:
     process: subprocess.Popen[bytes] | None = None
     starts: int = field(default=0)
 
+    metrics: str = ""
+    """Where this agent serves metrics; nowhere: most tests need none."""
+
     @property
     def file(self) -> Path:
         return self.folder / "services.json"
@@ -96,7 +99,10 @@ class NodeAgent:
         self.starts += 1
         with (self.folder / f"agent-{self.starts}.log").open("wb") as log:
             self.process = subprocess.Popen(
-                self.command("run", "-f", str(self.file), "--log-format", "json", *self.options),
+                self.command(
+                    *("run", "-f", str(self.file), "--log-format", "json"),
+                    *("--metrics-bind-address", self.metrics, *self.options),
+                ),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

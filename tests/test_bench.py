@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import changes, iptables_programming, kinds, nft_programming, programming, raw, workload
+from bench import changes, iptables_programming, kinds, nft_programming, probe, programming, raw, workload
 from bench.__main__ import read_command_line
 from bench.figures import quantile, ratio, seconds, summarize
 from bench.isolation import RunFailed, isolated
@@ -172,3 +172,14 @@ def test_nftables_bytes_sent_again_leave_what_ours_does() -> None:
 @pytest.mark.parametrize("kind", kinds.KINDS, ids=lambda kind: kind.name)
 def test_every_kind_of_service_is_changed_and_verified(kind: kinds.Kind) -> None:
     assert len(kinds.run("nftables", kind, 10, 30)) == 30
+
+
+@pytest.mark.root
+def test_hits_readings_and_connections_of_the_probe_are_measured_and_counted() -> None:
+    # each run compares what was counted with what was done, RunFailed else
+    assert len(probe.cost(TINY, 2)["nat: a hit over an empty probe"]) == 2
+    assert len(probe.reading(TINY, 3)) == 3
+    found = probe.connecting("nftables", 2, 50)
+    assert (len(found.without), len(found.with_probe)) == (2, 2)
+    assert found.probe > 0
+    assert probe.starting()[1] > 0

@@ -591,7 +591,18 @@ def test_log_lines_for_people_are_escaped(
 
 # ---------------------------------------------------------------------------------------------------- cost of importing
 
-HEAVY = ("pyroute2", "structlog", "watchfiles", "yaml", "asyncio", "bcc", "nftables", "dataplane.manifest_files")
+HEAVY = (
+    "pyroute2",
+    "structlog",
+    "watchfiles",
+    "yaml",
+    "textual",
+    "rich",
+    "asyncio",
+    "bcc",
+    "nftables",
+    "dataplane.manifest_files",
+)
 
 
 @pytest.mark.parametrize(

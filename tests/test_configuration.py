@@ -8,6 +8,7 @@ from msgspec import structs
 from dataplane.configuration import (
     Configuration,
     default_node_name,
+    metrics_listen,
     read_configuration,
     schema,
     with_overrides,
@@ -45,6 +46,19 @@ def test_every_field_is_read(tmp_path: Path) -> None:
     assert options.timeouts == (900, 120, 300)
     assert (rules.node_name, rules.zone, rules.scheduler, rules.drain_seconds) == ("n1", "z1", "wlc", 60)
     assert (read.resync_seconds, read.allow_mass_delete, read.log_format) == (5.0, True, "json")
+
+
+def test_where_metrics_are_served(tmp_path: Path) -> None:
+    assert str(metrics_listen(Configuration().metrics_bind_address)) == "127.0.0.1:10249"
+    assert (
+        metrics_listen(read_configuration(write(tmp_path, HEAD + 'metricsBindAddress: ""\n')).metrics_bind_address)
+        is None
+    )
+    text = HEAD + "metricsBindAddress: '1.2.3:80'\nmetricsMaxSeries: -1\n"
+    assert faults(tmp_path, text) == [
+        "config.yaml:3: AgentConfiguration: metricsBindAddress: '1.2.3' does not appear to be an IPv4 or IPv6 address",
+        "config.yaml:4: AgentConfiguration: metricsMaxSeries: expected int >= 0 (it is -1)",
+    ]
 
 
 def test_json_is_read_too(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import json
 
 from dataplane import counters_text
 from dataplane.backend import RealCounters, ServerReport
-from dataplane.counters import Target
+from dataplane.counters import RealServerAt
 from dataplane.rows import Counts, Look, service_rows, with_rates
 
 from . import words
@@ -19,9 +19,10 @@ NOBODY = words.server("UDP [fd00::10]:53 rr label=b/dns")
 def look(at: float, **hits: int) -> Look:
     """Hits by the last number of the real server's address, `o` for everybody's and `i` for inside."""
 
-    def count(target: Target, _: int | None) -> int | None:
-        which = "i" if target.at.inside else "o" if target.at == OUTSIDE.at else "c"
-        return hits.get(f"{which}{target.address[-1]}", 0)
+    def count(report: ServerReport) -> tuple[dict[RealServerAt, int], int]:
+        which = "i" if report.server.at.inside else "o" if report.server.at == OUTSIDE.at else "c"
+        known = {(r.address, r.port): hits.get(f"{which}{r.address[-1]}", 0) for r in report.server.real_servers}
+        return known, sum(known.values())
 
     reports = [
         ServerReport(one, 0, 0, tuple((real, RealCounters(0, 0, 0)) for real in one.real_servers), True)

@@ -64,7 +64,7 @@ def nothing_before() -> Iterator[None]:
 @pytest.mark.usefixtures("nothing_before")
 def test_the_whole_demo_shows_the_tutorials_table_and_leaves_nothing_behind() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "dataplane", "demo"], capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, "-m", "dataplane", "demo"], capture_output=True, text=True, timeout=900, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     text = done.stdout

@@ -14,9 +14,9 @@ import pytest
 from dataplane import doctor, procfs_sysctl
 from dataplane.backend import Options
 from dataplane.configuration import Configuration
-from dataplane.doctor import check, kube_proxy, node, trials
+from dataplane.doctor import check, kube_proxy, node, probe, trials
 from dataplane.doctor.check import Check
-from dataplane.errors import KernelError, PreflightError, ToolError
+from dataplane.errors import KernelError, PreflightError, ProbeUnavailable, ToolError
 from dataplane.model import Address, VirtualAddress, VirtualServer, parse_address
 from dataplane.testing import FakeBackend
 from tests.netns import NetNs
@@ -230,6 +230,46 @@ def test_a_kernel_that_lacks_everything(monkeypatch: pytest.MonkeyPatch) -> None
     assert found[1].fix.startswith("modprobe ip_vs || ")
 
 
+class Start:
+    """A probe that attaches so far, in place of the real one."""
+
+    def __init__(self, *hooks: str, reason: str = "") -> None:
+        self.hooks, self.reason, self.refusals = hooks, reason, ("ip_vs_schedule: no",)
+
+    def __enter__(self) -> "Start":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def finish(self) -> "Start":
+        if self.reason:
+            raise ProbeUnavailable(self.reason)
+        return self
+
+    def counts(self, mode: str) -> bool:
+        return any("ip_vs" in hook for hook in self.hooks) if mode == "ipvs" else True
+
+
+@pytest.mark.parametrize(
+    ("start", "mode", "status", "says"),
+    [
+        (Start("fexit:nf_nat_setup_info"), "nftables", "ok", "fexit:nf_nat_setup_info; compiled and attached in"),
+        (Start("fexit:nf_nat_setup_info"), "ipvs", "warn", "ip_vs_schedule: no, so hits are the connection counters"),
+        (Start("kretprobe:nf_nat_setup_info"), "iptables", "warn", "kretprobes may lose hits"),
+        (Start(reason="no BTF"), "iptables", "warn", "so hits are the packet counters of the endpoints' rules: no BTF"),
+        (Start(reason="no python3-bpfcc"), "ipvs", "warn", "connection counters of IPVS: no python3-bpfcc"),
+    ],
+)
+def test_the_probe_and_what_counts_without_it(
+    monkeypatch: pytest.MonkeyPatch, start: Start, mode: Any, status: str, says: str
+) -> None:
+    monkeypatch.setattr(probe, "ProbeStart", lambda: start)
+    (found,) = probe.try_probe(Configuration(mode=mode))
+    assert (found.name, found.status, says in found.detail) == ("probe", status, True), found
+    assert found.fix == ("apt-get install python3-bpfcc" if "bpfcc" in start.reason else "")
+
+
 # --------------------------------------------------------------------------------------------------------- on a kernel
 
 
@@ -244,12 +284,22 @@ def test_a_healthy_machine_and_nothing_is_left_behind(netns: NetNs) -> None:
     before = snapshot(netns)
     found = examined(netns)
     assert not [each for each in found.values() if each["status"] != "ok"]
+    assert found["probe"]["detail"].startswith("fexit:nf_nat_setup_info, fexit:ip_vs_schedule; ")
     assert {"dummy device", "IPVS", "IPVS IPv6", "IPVS conntrack", "guard table", "kube-proxy", "loopback"} <= set(
         found
     )
     assert {"mode nftables", "iptables", "iptables legacy", "iptables nft"} <= set(found)
     assert found["IPVS schedulers"]["detail"] == "rr wrr lc wlc sh mh"
     assert snapshot(netns) == before
+
+
+@pytest.mark.root
+def test_the_probe_attaches_or_says_why_not(netns: NetNs) -> None:
+    done = netns.run(*DATAPLANE, "doctor", "-o", "json", "--mode", "nftables", check=False)
+    (found,) = (each for each in json.loads(done.stdout)["checks"] if each["name"] == "probe")
+    assert found["status"] in ("ok", "warn")
+    assert "nf_nat_setup_info" in found["detail"]
+    assert found["status"] == "ok" or "so hits are" in found["detail"]
 
 
 @pytest.mark.ipvs

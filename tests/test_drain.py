@@ -81,3 +81,15 @@ def test_weight_0_by_wish_is_no_drain() -> None:
     quiet = "TCP 10.0.0.1:80 rr -> 10.1.0.1:80 w0"
     assert retain(drains, quiet, ONE) == quiet
     assert drains.deadlines == {}
+
+
+def test_how_drains_have_ended_is_counted() -> None:
+    drains = Drains()
+    retain(drains, ONE, TWO, now=0)
+    drains.finish(LEAVING)
+    retain(drains, ONE, TWO, now=1)
+    retain(drains, ONE, TWO, now=2)  # begins again
+    retain(drains, ONE, TWO, now=62)
+    retain(drains, ONE, TWO, now=63)
+    retain(drains, TWO, TWO, now=64)  # revived: has not ended
+    assert (drains.completed, drains.cut_short) == (1, 1)

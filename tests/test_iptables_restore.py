@@ -5,21 +5,22 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 
-from dataplane import iptables_text, run_iptables
+from dataplane import iptables_chains, iptables_script, iptables_text, run_iptables
 from dataplane.backend import Backend, Options
 from dataplane.errors import KernelError, PreflightError, ToolError, Unanswered
 from dataplane.iptables_restore import IptablesBackend, open_beside
 from dataplane.iptables_text import MARKER, chain_name
 from dataplane.model import Masquerade, VirtualServer, parse_network
 from dataplane.plan import State, diff
-from dataplane.run_tool import run_tool
+from dataplane.run_tool import PIPE_BYTES, run_tool
 
 from .netns import NetNs
 from .words import at, server, shown
@@ -418,6 +419,55 @@ def test_a_refused_object_is_named_and_the_rest_goes_on(place: Place) -> None:
         assert backend.intact()
 
 
+def test_a_refused_object_amid_a_text_that_is_still_being_made_is_named(place: Place) -> None:
+    backend = place.open()
+    backend.prepare()
+    bad = msgspec.structs.replace(
+        server("TCP 10.0.0.66:80 rr sticky=1 label=a/bad -> 10.1.0.1:80"), persistence=1 << 40
+    )
+    good = [server(text) for text in many(1500)]
+    aim = {one.at: backend.express(one) for one in (*good[:200], bad, *good[200:])}
+    transaction = backend.compile(diff(backend.observe(), aim))
+    assert len(str(transaction)) > PIPE_BYTES
+    assert list(backend.commit(transaction).failed) == [bad.at]
+    assert backend.observe().servers.keys() == {one.at for one in good}
+    assert backend.intact()
+
+
+def test_what_cannot_be_composed_to_its_end_is_not_committed(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for a fault of ours in the middle of a large load: no packet meets a half of it."""
+    backend = place.open()
+    backend.prepare()
+    bring(backend, TUTORIAL)
+    before = place.nat()
+    aim = {one.at: backend.express(one) for one in map(server, [TUTORIAL, *many(1500)])}
+    made = 0
+
+    def portal(*arguments: Any) -> str:
+        nonlocal made
+        made += 1
+        if made > 1000:
+            raise ValueError("a fault")
+        return str(iptables_chains.portal(*arguments))
+
+    monkeypatch.setattr(iptables_script, "portal", portal)
+    with pytest.raises(ValueError, match="a fault"):
+        backend.commit(backend.compile(diff(backend.observe(), aim)))
+    if place.tool == "legacy":
+        assert place.nat() == before
+    else:  # sections of chains that nothing leads to
+        assert place.nat("KUBE-SERVICES ") == "".join(
+            line + "\n" for line in before.splitlines() if "KUBE-SERVICES " in line
+        )
+    monkeypatch.undo()
+    again = place.open()
+    again.prepare()
+    outcome = again.commit(again.compile(diff(again.observe(), aim)))
+    assert (outcome.failed, outcome.unsure) == ({}, frozenset())
+    assert again.observe().servers == aim
+    assert again.intact()
+
+
 def test_a_refused_endpoint_concerns_all_addresses_that_share_it(place: Place) -> None:
     backend = place.open()
     backend.prepare()
@@ -457,12 +507,13 @@ def test_what_a_restore_refuses_without_a_line_is_found_by_halves(
     real = run_tool
     runs = 0
 
-    def refuse(argv: list[str], *, input: str | None = None, timeout: float = 30) -> str:  # noqa: A002
+    def refuse(argv: list[str], *, input: str | Iterable[str] = "", timeout: float = 30) -> str:  # noqa: A002
         nonlocal runs
-        if input and "a/s13" in input:
+        text = "".join(input)
+        if "a/s13" in text:
             runs += 1
             raise ToolError("iptables-restore: status 1: iptables-restore: line 99999 failed")
-        return real(argv, input=input, timeout=timeout)
+        return real(argv, input=text, timeout=timeout)
 
     monkeypatch.setattr(run_iptables, "run_tool", refuse)
     aim = {one.at: backend.express(one) for one in map(server, [
@@ -649,7 +700,8 @@ def test_each_line_of_many_is_known_by_its_service(place: Place) -> None:
     aim = {one.at: backend.express(one) for one in map(server, many(450))}
     transaction = backend.compile(diff(backend.observe(), aim))
     (script,) = transaction.scripts.values()  # type: ignore[attr-defined]
-    line = next(n for n, each in enumerate(script.lines, 1) if "many/s7:" in each and each.startswith("-A KUBE-SEP"))
+    lines = script.text().splitlines()
+    line = next(n for n, each in enumerate(lines, 1) if "many/s7:" in each and each.startswith("-A KUBE-SEP"))
     assert list(map(str, script.whose(line))) == ["TCP 10.96.0.8:80"]
     assert script.whose(1) == ()
-    assert script.whose(len(script.lines)) == ()
+    assert script.whose(len(lines)) == ()

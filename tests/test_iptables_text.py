@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from dataplane.iptables_books import Books
-from dataplane.iptables_chains import express, render
+from dataplane.iptables_chains import express, group_of, plain_site, render
 from dataplane.iptables_reading import DAMAGED
 from dataplane.iptables_save import Table, parse_save, same_rule
+from dataplane.iptables_script import SECTION, Group, Newcomer, Script
 from dataplane.iptables_text import (
     MARK_CLIENTS,
     MARK_MASQ,
@@ -21,6 +22,7 @@ from dataplane.iptables_text import (
     form_of,
     marker,
     plain_label,
+    service_text,
     shares,
 )
 from dataplane.model import (
@@ -120,9 +122,9 @@ class Simulated:
     def __init__(self) -> None:
         self.tables: dict[str, Table] = {}
 
-    def restore(self, lines: list[str]) -> None:
+    def restore(self, script: Script) -> None:
         table = Table()
-        for line in lines:
+        for line in script.text().splitlines():
             word, _, rest = line.partition(" ")
             name, _, rule = rest.partition(" ")
             if word.startswith("*"):
@@ -152,18 +154,54 @@ def test_what_is_written_reads_back(form: Form, one: VirtualServer) -> None:
     assert express(form, wanted) == wanted
     family = Family.IPV6 if len(one.at.address) == 16 else Family.IPV4
     kernel = Simulated()
-    kernel.restore(Books(form, family).compose([(one.at, wanted)], whole=True).lines)
+    kernel.restore(Books(form, family).compose([(one.at, wanted)], whole=True))
     books = Books.read(form, family, kernel.tables)
     assert books.held == {one.at: wanted}
     assert books.tidy
     assert books.orphans == frozenset()
-    assert books.compose([(one.at, wanted)]).lines == []
+    assert not books.compose([(one.at, wanted)])
     gone = books.compose([(one.at, None)])
-    assert len(gone.lines) >= 4
+    assert gone.text().count("\n") >= 4
     books.apply(gone)
     assert (books.held, books.groups, dict(books.uses)) == ({}, {}, {})
-    kernel.restore(gone.lines)
+    kernel.restore(gone)
     assert not [name for table in kernel.tables.values() for name in table.chains if SERVICE_CHAIN.fullmatch(name)]
+
+
+@given(st.sampled_from(FORMS), servers())
+def test_a_newcomer_says_what_any_group_would(form: Form, one: VirtualServer) -> None:
+    wanted = express(form, replace(one, kind=Kind.CLUSTER_IP, allowed=()))
+    site = plain_site(group_of(form, wanted), wanted)
+    assert (site is None) == (not wanted.real_servers)
+    if site is None:
+        return
+    text = service_text(form, wanted.at, wanted.label)
+    group = Group(render(form, ()), render(form, [wanted]), {wanted.at: f"# + {wanted.at} {text}"})
+    newcomer = Newcomer(form, site, wanted)
+    assert newcomer.edits() == group.edits()
+    for table in ("filter", "nat"):
+        assert list(newcomer.names(table)) == list(group.names(table))
+        for chains, lines, whole in ((True, True, True), (True, False, False), (False, True, False)):
+            assert list(newcomer.blocks(table, chains=chains, lines=lines, whole=whole)) == list(
+                group.blocks(table, chains=chains, lines=lines, whole=whole)
+            )
+
+
+@pytest.mark.parametrize("sections", [False, True])
+def test_a_large_load_comes_in_portions_and_says_the_same_again(sections: bool) -> None:
+    kernel, books = Simulated(), Books(CURRENT, Family.IPV4, sections=sections)
+    aim = [
+        express(CURRENT, server(f"TCP 10.0.{n // 250}.{n % 250}:80 rr label=a/s{n} -> 10.1.0.1:80, 10.1.0.2:80"))
+        for n in range(500)
+    ]
+    script = books.compose([(one.at, one) for one in aim])
+    text = script.text()
+    first = next(n for n, line in enumerate(text.splitlines()) if line.startswith("-A KUBE-SEP-"))
+    assert text.splitlines().index("*nat") < first < 500 + 2 * SECTION  # behind the cluster IPs and a portion's names
+    kernel.restore(script)
+    books.apply(script)
+    assert Books.read(CURRENT, Family.IPV4, kernel.tables).held == {one.at: one for one in aim}
+    assert script.text() == text  # whatever has happened since
 
 
 ADDRESSES = [
@@ -217,7 +255,7 @@ def test_every_state_of_a_service_follows_every_other(
 ) -> None:
     kernel = Simulated()
     books = Books(form, Family.IPV4)
-    kernel.restore(books.compose((), whole=True).lines)
+    kernel.restore(books.compose((), whole=True))
     for state in sequence:
         aim = {where: express(form, one) for where, one in state.items()}
         changes = [(where, aim.get(where)) for where in {*aim, *books.held} if aim.get(where) != books.held.get(where)]
@@ -228,9 +266,11 @@ def test_every_state_of_a_service_follows_every_other(
         for now in (True, False):
             part = [(where, one) for where, one in changes if (where[:3] in first) is now]
             script = books.compose(part)
-            assert all(set(blamed) <= {where for where, _ in part} for _, _, blamed in script.blame)
-            kernel.restore(script.lines)
+            assert all(set(blamed) <= {where for where, _ in part} for _, blamed in script.blocks())
+            text = script.text()
+            kernel.restore(script)
             books.apply(script)
+            assert script.text() == text
             seen = Books.read(form, Family.IPV4, kernel.tables)
             assert (seen.held, seen.damage, seen.orphans, seen.tidy) == (books.held, {}, frozenset(), True)
             assert {name: set(members) for name, members in seen.groups.items()} == {
@@ -245,7 +285,7 @@ def test_one_rule_less_or_moved_is_seen_and_mended(
 ) -> None:
     aim = {where: express(form, one) for where, one in state.items()}
     kernel = Simulated()
-    kernel.restore(Books(form, Family.IPV4).compose(list(aim.items()), whole=True).lines)
+    kernel.restore(Books(form, Family.IPV4).compose(list(aim.items()), whole=True))
     whole = {name: {chain: sorted(r) for chain, r in one.chains.items()} for name, one in kernel.tables.items()}
     table = rng.choice(sorted(kernel.tables))
     rules = kernel.tables[table].chains
@@ -259,13 +299,13 @@ def test_one_rule_less_or_moved_is_seen_and_mended(
     assert different or not books.tidy or books.orphans
     if not books.tidy or books.orphans:  # what `prepare` does
         script = books.compose((), whole=True)
-        kernel.restore(script.lines)
+        kernel.restore(script)
         books.apply(script)
     places = sorted({where[:3] for where, _ in different})
     first = set(rng.sample(places, rng.randint(0, len(places))))
     for now in (True, False):  # in two steps, as when something was refused
         script = books.compose([each for each in different if (each[0][:3] in first) is now])
-        kernel.restore(script.lines)
+        kernel.restore(script)
         books.apply(script)
     assert books.held == aim
     assert {name: {c: sorted(r) for c, r in one.chains.items()} for name, one in kernel.tables.items()} == whole
@@ -279,7 +319,7 @@ def brought(books: Books, *texts: str) -> tuple[list[str], dict[str, VirtualServ
     gone = [(where, None) for where in books.held if where not in dict(wanted)]
     script = books.compose([*wanted, *gone])
     books.apply(script)
-    return script.lines, {str(one.at): one for one in aim}
+    return script.text().splitlines(), {str(one.at): one for one in aim}
 
 
 def test_two_servers_of_one_name_that_differ_have_chains_of_their_own() -> None:
@@ -349,13 +389,13 @@ def test_versions_of_iptables_print_one_rule_in_different_ways() -> None:
 def test_a_portal_whose_chain_is_not_right_is_damaged_and_rewritten() -> None:
     one = express(CLASSIC, server("TCP 10.0.0.1:80 rr label=a/b -> 10.1.0.1:80, 10.1.0.2:80"))
     kernel = Simulated()
-    kernel.restore(Books(CLASSIC, Family.IPV4).compose([(one.at, one)], whole=True).lines)
+    kernel.restore(Books(CLASSIC, Family.IPV4).compose([(one.at, one)], whole=True))
     (svc,) = [name for name in kernel.tables["nat"].chains if "SVC" in name]
     kernel.tables["nat"].chains[svc].reverse()
     books = Books.read(CLASSIC, Family.IPV4, kernel.tables)
     assert books.tidy
     assert books.held[one.at].scheduler == DAMAGED
-    assert f":{svc} - [0:0]" in books.compose([(one.at, one)]).lines
+    assert f":{svc} - [0:0]" in books.compose([(one.at, one)]).text()
 
 
 @pytest.mark.parametrize(

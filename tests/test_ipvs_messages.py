@@ -24,6 +24,7 @@ from dataplane.ipvs_messages import (
 )
 from dataplane.model import VirtualServer
 from dataplane.netlink_socket import GENL_HEADER, HEADER, NLM_F_ACK, NLM_F_REQUEST, genl_message
+from dataplane.plan import Change, Reals
 
 from .words import server, split
 
@@ -87,7 +88,9 @@ def test_several_real_servers_in_one_piece_of_which_the_last_asks_for_an_ack() -
         add, edit, remove = (
             [real for command, real in commands[:count] if command == each] for each in (NEW_DEST, SET_DEST, DEL_DEST)
         )
-        assert ENCODER.reals(TUTORIAL, add, edit, remove, count, 77) == b"".join(plain[:-1]) + last
+        change = Change(TUTORIAL, TUTORIAL, False, Reals(add, edit, remove))
+        assert ENCODER.reals([change], 77) == b"".join(plain[:-1]) + last
+        assert ENCODER.reals([change, change], 77) == b"".join([*plain, *plain[:-1]]) + last
 
 
 lines = st.builds(

@@ -8,7 +8,7 @@ from msgspec.structs import replace
 from dataplane.backend import RealCounters, ServerReport
 from dataplane.counters import Way
 from dataplane.desired import Rules
-from dataplane.looks import Looks, attributed
+from dataplane.looks import Looks
 from dataplane.model import VirtualAddress, parse_address
 from dataplane.plan import diff
 from dataplane.reconciler import Reconciler
@@ -103,9 +103,9 @@ def test_without_a_probe_the_modes_own_counters_count_and_never_fall() -> None:
     assert [real.share for real in look.services[0].real_servers] == [0.75, 0.25]
     assert str(look.counts) == "fake mode's own counters (kernel too old)"
     fake.counts["TCP 10.0.0.1:80", "10.1.0.1:80"] = 1
-    looks._fresh_until = 0
-    assert hits(looks.look()) == {"10.0.0.1:80/TCP": {"10.1.0.1:80": 7, "10.1.0.2:80": 2}}
-    assert looks.look().services[0].hits == 9
+    look = looks.look()
+    assert hits(look) == {"10.0.0.1:80/TCP": {"10.1.0.1:80": 7, "10.1.0.2:80": 2}}
+    assert look.services[0].hits == 9
 
 
 def test_with_a_probe_it_counts_and_what_it_missed_is_told() -> None:
@@ -126,19 +126,28 @@ def test_with_a_probe_it_counts_and_what_it_missed_is_told() -> None:
 
 
 def test_a_hit_stands_at_one_virtual_server_only() -> None:
-    fake = kernel(
-        "TCP 10.0.0.1:80 rr LoadBalancer node label=a/b -> 10.1.0.1:80",
-        "TCP 10.0.0.1:80 (inside) rr LoadBalancer node label=a/b -> 10.1.0.1:80, 10.1.0.2:80",
+    fake, probe = (
+        kernel(
+            "TCP 10.0.0.1:80 rr LoadBalancer node label=a/b -> 10.1.0.1:80",
+            "TCP 10.0.0.1:80 (inside) rr LoadBalancer node label=a/b -> 10.1.0.1:80, 10.1.0.2:80",
+        ),
+        FakeProbe(),
     )
-    read = {(6, POOL["10.0.0.1"], 80, POOL[f"10.1.0.{n}"], 80): n for n in (1, 2, 3)}
-    found = {(at.inside, address): count for (at, address, _), count in attributed(fake.report(), read).items()}
-    assert found == {(False, POOL["10.1.0.1"]): 1, (True, POOL["10.1.0.2"]): 2, (False, POOL["10.1.0.3"]): 3}
+    looks = Looks(fake, dict, lambda: fake.servers)
+    looks.use(probe, fake.servers)
+    probe.hits = {(6, POOL["10.0.0.1"], 80, POOL[f"10.1.0.{n}"], 80): n for n in (1, 2, 3)}
+    look = looks.look()
+    assert hits(look) == {
+        "10.0.0.1:80/TCP": {"10.1.0.1:80": 1},
+        "10.0.0.1:80/TCP inside": {"10.1.0.1:80": 0, "10.1.0.2:80": 2},
+    }
+    assert [row.hits for row in look.services] == [4, 2]
 
 
 def test_looking_takes_a_twentieth_of_the_time_at_most() -> None:
     now = 100.0
     fake = kernel(LINE)
-    looks = Looks(fake, dict, lambda: now)
+    looks = Looks(fake, dict, clock=lambda: now)
     plain = fake.report
 
     def slow() -> Iterator[ServerReport]:
@@ -149,7 +158,7 @@ def test_looking_takes_a_twentieth_of_the_time_at_most() -> None:
     fake.report = slow  # type: ignore[method-assign]
     for second in range(100):
         now = max(now, 100.0 + second)
-        looks.look()
+        assert Look.from_json(looks.answer()).services[0].vip == "10.0.0.1:80/TCP"
     assert fake.reads == 10
 
 
@@ -194,7 +203,6 @@ def test_rates_are_between_two_looks(later: float, rates: list[tuple[float | Non
     first = looks.look()
     fake.counts |= {("TCP 10.0.0.1:80", "10.1.0.1:80"): 16, ("TCP 10.0.0.1:80", "10.1.0.2:80"): 2}
     fake.counts["TCP 10.0.0.9:80", "10.1.0.9:80"] = 2
-    looks._fresh_until = 0
     second = with_rates(replace(looks.look(), at=later), replace(first, at=1.0))
     assert [(row.rate, row.real_servers[0].rate) for row in second.services] == rates
 
@@ -223,7 +231,6 @@ def test_room_is_given_back_of_what_no_virtual_server_has_and_totals_stay() -> N
     assert looks.check(fake.servers.values())
     assert probe.kept == {(6, POOL["10.0.0.1"], 80, POOL[f"10.1.0.{n}"], 80) for n in (1, 2)}
     del probe.hits[gone]
-    looks._fresh_until = 0
     assert looks.look().services[0].hits == 3
 
 

@@ -59,7 +59,7 @@ def test_a_mode_is_shown_in_its_tools_language_and_can_be_restored_from_it(
                 netns.run(tool, "--noflush", stdin=f"# ip{family}")
         assert on(netns, "diff", "-f", manifests, *config).stdout == "in sync: 4 virtual servers, 4 real servers\n"
         assert sorted(on(netns, "show", "-o", language, *config).stdout.split()) == sorted(text.split())
-        assert "  random  " in on(netns, "show", *config).stdout
+        assert "  random  " in on(netns, "show", "-o", "wide", *config).stdout
         wrong = on(netns, "show", "-o", "iptables" if language == "nft" else "nft", *config, status=2)
         assert f"is not for --mode {options[0]}" in wrong.stderr
     finally:

@@ -82,8 +82,8 @@ def test_a_layout_says_what_the_server_says_and_keeps_what_it_can(chain: list[Vi
         assert shown(seen) == shown(wanted)
         if held.comment == entry.comment and chain_parts(held.chain).kind == chain_parts(entry.chain).kind == "sticky":
             # who stays keeps the number that clients are remembered by
-            before = {target: number for number, target in held.endpoints.items()}
-            after = {target: number for number, target in entry.endpoints.items()}
+            before = {target: number for number, target in held.shared.items()}
+            after = {target: number for number, target in entry.shared.items()}
             assert all(after[target] == number for target, number in before.items() if target in after)
         if chain_parts(held.chain).kind == chain_parts(entry.chain).kind == "pick":
             # no more slots change than have to: what came, and what the last ones had to move for
@@ -103,7 +103,7 @@ def test_addresses_of_one_service_port_share_its_numbers_and_give_them_back() ->
         for text in (f"TCP 10.0.0.1:80 {web}", f"TCP 10.0.0.9:81 {web}", f"TCP 10.0.0.2:80 {other}")
     }
     one, same, third = entries.values()
-    assert (one.home, one.endpoints) == (same.home, same.endpoints)
+    assert (one.home, one.shared) == (same.home, same.shared)
     assert third.home not in (0, one.home)
     for entry in entries.values():
         homes.replace(NOTHING, entry)
@@ -176,7 +176,8 @@ def listed(node: NetNs) -> dict[str, list[Any]]:
 
 GOLDEN = """\
 add chain inet dataplane-nftables pick4_2
-add rule inet dataplane-nftables pick4_2 meta priority set numgen random mod 2 goto dnat4 comment "made on demand 1/1"
+add rule inet dataplane-nftables pick4_2 meta priority set numgen random mod 2 goto dnat4 \
+comment "made on demand 1/1 [e70ccf56]"
 # TCP 10.0.0.1:80 default/web:http
 add element inet dataplane-nftables services4 { 10.0.0.1 . tcp . 80 comment "default/web:http" : goto pick4_2 }
 add element inet dataplane-nftables endpoints4 { 10.0.0.1 . tcp . 80 . none : 10.1.0.1 . 8080 }
@@ -235,6 +236,98 @@ def test_any_sequence_of_states(backend: NftablesBackend, node: NetNs, states: l
         assert backend.suspects(seen) == set()
     assert {name for name, each in listed(node).items() if each} <= {"settings"}
     assert "evil" not in json.dumps(listed(node))
+
+
+SHARING = """
+    TCP 10.0.0.1:80 rr {sticky} label=a/b -> {all}
+    TCP 192.0.2.1:80 rr {sticky} LoadBalancer node label=a/b -> {here}
+    TCP 192.0.2.1:80 (inside) rr {sticky} LoadBalancer node label=a/b -> {all}
+    TCP 192.168.0.2:30080 rr {sticky} NodePort node label=a/b -> {here}
+    TCP 192.168.0.2:30080 (inside) rr {sticky} NodePort node label=a/b -> {all}
+"""
+
+
+def sharing(everywhere: str, here: str, sticky: str) -> list[str]:
+    text = SHARING.format(all=everywhere, here=here, sticky=sticky)
+    return [" ".join(line.split()) for line in text.strip().splitlines()]
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("sticky", ["", "sticky=60"])
+def test_addresses_of_a_service_port_share_its_endpoints(backend: NftablesBackend, node: NetNs, sticky: str) -> None:
+    """An endpoint is one element, whoever serves it; one that replaces it takes its number, and nothing else moves."""
+    one, two, three = "10.1.0.1:80 here", "10.1.0.2:80", "10.1.0.3:80 here"
+    settle(backend, *sharing(f"{one}, {two}", one, sticky))
+    before = listed(node)
+    assert (len(before["shared4"]), before["endpoints4"]) == (2, [])
+    wanted = {each.at: backend.express(each) for each in map(server, sharing(f"{two}, {three}", three, sticky))}
+    held = backend.observe()
+    transaction = backend.compile(diff(held, wanted))
+    assert transaction.steps == ()
+    assert backend.commit(transaction).failed == {}
+    held.apply(transaction.plan)
+    after = listed(node)
+    assert {name: each for name, each in after.items() if each != before[name]}.keys() == {"shared4", "hairpin4"}
+    assert not diff(held, wanted)
+    assert not diff(backend.observe(), wanted)
+    # what they counted is told once, by the address that has all of them
+    known = {str(each.server.at): [counted.connections for _, counted in each.reals] for each in backend.report()}
+    assert known.pop("TCP 10.0.0.1:80") == [0, 0]
+    assert {count for counts in known.values() for count in counts} == {-1}
+    settle(backend)
+    assert {name for name, each in listed(node).items() if each} <= {"settings"}
+
+
+pods = st.dictionaries(st.integers(1, 6), st.sampled_from([0, 1, 1, 1, 1, 2]), max_size=5).map(
+    lambda each: tuple(RealServer(Address(bytes((10, 1, 0, n))), 80, w, n % 3 == 0) for n, w in sorted(each.items()))
+)
+PORTS = ("a/b:c", "default/web")
+
+
+@pytest.mark.root
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(
+        st.dictionaries(st.sampled_from(PORTS), st.tuples(pods, pods, st.integers(0, 31), st.booleans())),
+        min_size=2,
+        max_size=6,
+    )
+)
+def test_what_is_shared_is_right_at_every_address(
+    backend: NftablesBackend, node: NetNs, states: list[dict[str, tuple[Any, Any, int, bool]]]
+) -> None:
+    """Endpoints of Service ports come, go and are replaced, at some of their addresses or at all; without looks in
+    between, so that what the backend believes has to be what is there."""
+    witness = open_backend(Options())
+    held = backend.observe()
+    for state in (*states, {}):
+        wanted: dict[VirtualAddress, VirtualServer] = {}
+        for label, (everywhere, here, which, sticky) in state.items():
+            for number in range(5):
+                inside = number == 4
+                if not which >> number & 1 or (inside and (not which & 8 or not any(r.weight for r in everywhere))):
+                    continue
+                vip = VirtualAddress(6, Address(bytes((10, 0, PORTS.index(label), min(number, 3)))), 80, inside)
+                one = VirtualServer(
+                    vip,
+                    everywhere if number in (0, 1, 4) else here,
+                    persistence=60 if sticky else 0,
+                    bound=number == 0,
+                    kind=Kind.CLUSTER_IP if number == 0 else Kind.LOAD_BALANCER,
+                    masquerade=Masquerade.NODE if number > 2 else Masquerade.DETECT,
+                    label=label,
+                )
+                wanted[vip] = backend.express(one)
+        plan = diff(held, wanted)
+        outcome = backend.commit(backend.compile(plan))
+        assert (outcome.failed, outcome.unsure) == ({}, frozenset())
+        held.apply(plan)
+        seen = witness.observe()
+        assert {key: shown(one) for key, one in seen.servers.items()} == {k: shown(one) for k, one in wanted.items()}
+        assert not seen.ghosts
+        assert not diff(held, wanted)
+    witness.close()
+    assert {name for name, each in listed(node).items() if each} <= {"settings"}
 
 
 @pytest.mark.root

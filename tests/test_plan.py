@@ -47,7 +47,7 @@ CASES: dict[str, tuple[list[str], list[str], list[str]]] = {
         [HERE],
         [f"add {HERE}", "bind 10.0.0.1", "hairpin_add 10.1.0.1"],
     ),
-    "only where it runs differs": ([A1], [HERE], ["hairpin_add 10.1.0.1"]),
+    "only where it runs differs": ([A1], [HERE], [f"change TCP 10.0.0.1:80 to {HERE}", "hairpin_add 10.1.0.1"]),
     "it stays for the other server that has it": (
         [HERE, "TCP 10.0.0.2:80 rr -> 10.1.0.1:8080 here"],
         [HERE],

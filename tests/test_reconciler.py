@@ -4,7 +4,7 @@ import errno
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dataplane.desired import Rules
@@ -183,6 +183,8 @@ real_servers = st.lists(
 settings = st.sampled_from(["rr", "rr", "rr", "wlc", "rr drop"])
 
 
+@example([("rr", "10.244.1.1:1"), ("rr", "10.244.1.1:1 here"), ("rr", "")], False)
+@example([("rr", "10.244.1.1:1"), ("rr", ""), ("rr", "10.244.1.1:1 w0")], True)
 @given(st.lists(st.tuples(settings, real_servers), min_size=2, max_size=4), st.booleans())
 def test_one_server_is_planned_as_among_many(states: list[tuple[str, str]], drains: bool) -> None:
     """There is a shorter way for one virtual server; it must lead to the same plan, and to the same drain clocks."""

@@ -1,8 +1,11 @@
 """Starting other programs: what reaches them and what comes back."""
 
+import itertools
 import shutil
 import subprocess
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +19,34 @@ def test_stdout_comes_back_and_input_goes_in() -> None:
 
 def test_without_input_a_program_that_reads_ends_at_once() -> None:
     assert run_tool(["cat"], timeout=5) == ""
+
+
+def test_input_in_pieces_is_read_while_it_is_made() -> None:
+    lines = [f"{number} – ü\n" for number in range(300_000)]  # more than a pipe holds, either way
+    assert run_tool(["cat"], input=iter(lines)) == "".join(lines)
+    assert run_tool(["cat"], input=()) == ""
+
+
+def test_a_program_that_ends_before_it_has_read_all_tells_why() -> None:
+    with pytest.raises(ToolError, match=r"status 3: line 1 is wrong$"):
+        run_tool(["sh", "-c", "read line; echo line 1 is wrong >&2; exit 3"], input=itertools.repeat("line\n"))
+
+
+def test_input_that_cannot_be_made_never_seems_to_be_at_its_end(tmp_path: Path) -> None:
+    def broken() -> Iterator[str]:
+        yield "line\n" * 500_000
+        raise ValueError("no more")
+
+    with pytest.raises(ValueError, match="no more"):
+        run_tool(["sh", "-c", f"cat >/dev/null; touch {tmp_path}/end"], input=broken())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_program_that_does_not_read_meets_the_time_limit() -> None:
+    started = time.monotonic()
+    with pytest.raises(ToolError, match=r"not finished after 0\.2 s"):
+        run_tool(["sleep", "30"], input=itertools.repeat("line\n"), timeout=0.2)
+    assert time.monotonic() - started < 5
 
 
 def test_no_shell_reads_the_arguments() -> None:

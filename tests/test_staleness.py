@@ -264,6 +264,15 @@ class Lines:
         return
         yield
 
+    async def ready(self) -> None:
+        return
+
+    async def close(self) -> None:
+        return
+
+    def status(self) -> dict[str, object]:
+        return {"kind": "nothing"}
+
 
 def test_the_agent_tells_a_failed_look_once_and_tries_again(monkeypatch: pytest.MonkeyPatch) -> None:
     world, log = World(), Lines()

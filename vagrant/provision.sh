@@ -1,9 +1,10 @@
 #!/bin/bash
-# provision.sh [--no-venv] [--lab] [--persist]
+# provision.sh [--no-venv] [--lab] [--tests] [--persist]
 # Makes a Debian 12/13 or Ubuntu 24.04 machine ready for dataplane: system packages, kernel modules, .venv in the clone.
 # Safe to run again: it looks before it acts, and takes well under a second when there is nothing to do.
 #   --no-venv   packages and modules only
 #   --lab       install the micro-VM's packages even though this kernel has IPVS
+#   --tests     install what only tests need: a browser
 #   --persist   load the modules at every boot too (writes /etc/modules-load.d/dataplane.conf)
 # Not root: it uses sudo for packages and modules, and the virtual environment belongs to you.
 set -euo pipefail
@@ -15,16 +16,18 @@ BASE_PACKAGES=(
   nftables iptables ipvsadm ipset conntrack iproute2 iputils-ping kmod procps mount strace
   curl ca-certificates git make
 )
+TEST_PACKAGES=(chromium fonts-dejavu-core)
 MODULES=(
   ip_vs ip_vs_rr ip_vs_wrr ip_vs_lc ip_vs_wlc ip_vs_sh ip_vs_mh ip_vs_sed ip_vs_nq ip_vs_dh
   ip_vs_lblc ip_vs_lblcr ip_vs_fo ip_vs_ovf ip_vs_twos dummy nf_conntrack
 )
 
-venv=1 lab= persist=
+venv=1 lab= tests= persist=
 for arg in "$@"; do
   case $arg in
     --no-venv) venv= ;;
     --lab) lab=1 ;;
+    --tests) tests=1 ;;
     --persist) persist=1 ;;
     -h | --help) sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0"; exit 0 ;;
     *) echo "provision: unknown option $arg (try --help)" >&2; exit 2 ;;
@@ -81,6 +84,8 @@ case $distribution in
 esac
 
 install_packages "${BASE_PACKAGES[@]}"
+# Ubuntu has Chromium as a snap only; the browser tests are skipped there
+if [ -n "$tests" ] && [[ $distribution != *ubuntu* ]]; then install_packages "${TEST_PACKAGES[@]}"; fi
 load_modules
 if ! as_root vagrant/has-ipvs.sh && [[ $distribution == *ubuntu* ]]; then
   # Ubuntu's cloud images leave part of the modules out; they come in a package for just this kernel.

@@ -258,7 +258,7 @@ def attach_kprobe(program: int, function: str, *, returning: bool) -> int:
         kind = int((_PMU / "type").read_text())
         flag = 1 << int((_PMU / "format/retprobe").read_text().split(":")[1]) if returning else 0
     except OSError:
-        raise BpfError(errno.EOPNOTSUPP, "this kernel has no kprobes") from None
+        raise BpfError(errno.EOPNOTSUPP, "no kprobes") from None
     name = ctypes.create_string_buffer(function.encode())
     attribute = bytearray(128)  # struct perf_event_attr: type, size, config, sample_period; kprobe_func at 56
     struct.pack_into("=IIQQ", attribute, 0, kind, len(attribute), flag, 1)

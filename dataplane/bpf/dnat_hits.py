@@ -103,9 +103,9 @@ class DnatHits:
                 try:
                     bpf.update(self.maps[Map.FRONTENDS], key, FRONTEND_VALUE.pack(1))
                 except bpf.BpfError as error:
+                    del self._expected[key]
                     if error.errno not in (errno.E2BIG, errno.ENOMEM):
                         raise
-                    del self._expected[key]
                     self._unwatched.add(at)
                     continue
             sharers.add(at)
@@ -123,6 +123,8 @@ class DnatHits:
             if not sharers:
                 del self._expected[key]
                 bpf.delete(self.maps[Map.FRONTENDS], key)
+        if self._unwatched:
+            self.expect(tuple(self._unwatched))
 
     @property
     def unwatched(self) -> frozenset[VirtualAddress]:
@@ -177,9 +179,9 @@ class DnatHits:
             self._retiring.append(_Batch(batch, GracePeriod()))
 
     def _reclaim(self) -> None:
+        free = self.maps[Map.FREE]
         while self._retiring and self._retiring[0].grace.over():
-            for each in self._retiring.pop(0).slots:
-                self._table.reclaim(each, lambda slot: bpf.update(self.maps[Map.FREE], b"", ID.pack(slot)))
+            self._table.reclaim(self._retiring.pop(0).slots, lambda slot: bpf.update(free, b"", ID.pack(slot)))
 
     def check(self) -> bool:
         """Renew what a reload of a module has broken. False: a function is there now that has no hook; another

@@ -7,6 +7,7 @@ has its position among them.
 import json
 import os
 import socket
+from array import array
 from typing import NamedTuple
 
 from .hooks import Hook
@@ -54,7 +55,13 @@ def refuse(sock: socket.socket, reason: str) -> None:
 
 def receive(sock: socket.socket) -> Handed | None:
     """What was handed over; None when the sender ended without a word. Refused tells its reason."""
-    data, descriptors, _, _ = socket.recv_fds(sock, _SIZE, _MOST, socket.MSG_CMSG_CLOEXEC)
+    # not socket.recv_fds, which drops its flags in Python 3.11
+    room = socket.CMSG_SPACE(_MOST * array("i").itemsize)
+    data, beside, _, _ = sock.recvmsg(_SIZE, room, socket.MSG_CMSG_CLOEXEC)
+    descriptors: list[int] = []
+    for level, kind, content in beside:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            descriptors += array("i", content[: len(content) // 4 * 4])
     try:
         if not data:
             return None

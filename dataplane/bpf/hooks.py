@@ -73,9 +73,14 @@ def attach_kprobes(target: Target, _: KernelTypes, code: Mapping[str, bytes], ma
 
 def link_kprobes(target: Target, programs: tuple[int, ...]) -> tuple[int, ...]:
     """Put loaded programs at a function's return, and then at its beginning: no beginning without its return."""
-    links = []
-    for program, returning in zip(reversed(programs), (True, False), strict=False):
-        links.append(bpf.attach_kprobe(program, target.function, returning=returning))
+    links: list[int] = []
+    try:
+        for program, returning in zip(reversed(programs), (True, False), strict=False):
+            links.append(bpf.attach_kprobe(program, target.function, returning=returning))
+    except OSError:
+        for each in links:
+            os.close(each)
+        raise
     return tuple(links)
 
 

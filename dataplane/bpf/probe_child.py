@@ -76,14 +76,14 @@ def make_maps(order: Order) -> dict[Map, int]:
 def attach(order: Order) -> Handed:
     """Compile for this kernel, and attach to each function by the first way it takes."""
     kernel = KernelTypes()
-    refusals: dict[str, list[str]] = {}
+    refusals: dict[str, list[str]] = {target.function: [] for target in TARGETS}
     left: list[tuple[Target, dict[str, int]]] = []
     for target in TARGETS:
         if target.function not in order.have:
             try:
                 left.append((target, target.defines(kernel)))
             except BtfError as error:
-                refusals.setdefault(target.function, []).append(str(error))
+                refusals[target.function].append(str(error))
     made = make_maps(order) if left and not order.maps else {}
     known = {Map[name]: fd for name, fd in (order.maps or {}).items()}
     maps = {int(each): fd for each, fd in (made or known).items()}
@@ -97,9 +97,12 @@ def attach(order: Order) -> Handed:
             try:
                 hooks.append(ATTACH[kind](target, kernel, code, maps))
                 left.remove((target, macros))
+                refusals[target.function].clear()
             except (bpf.BpfError, BtfError) as error:
-                refusals.setdefault(target.function, []).append(f"{kind}: {getattr(error, 'strerror', '') or error}")
-    return Handed(tuple(hooks), made, tuple(f"{name}: {', '.join(reasons)}" for name, reasons in refusals.items()))
+                refusals[target.function].append(f"{kind}: {getattr(error, 'strerror', '') or error}")
+    return Handed(
+        tuple(hooks), made, tuple(f"{name}: {', '.join(reasons)}" for name, reasons in refusals.items() if reasons)
+    )
 
 
 def _macros(kind: str, parts: Iterable[dict[str, int]]) -> dict[str, int]:
@@ -112,6 +115,8 @@ def _macros(kind: str, parts: Iterable[dict[str, int]]) -> dict[str, int]:
 def main(arguments: list[str]) -> int:
     """0: something was handed over, and be it a reason."""
     order = Order(**json.loads(arguments[0]))
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])  # what the parent blocks is blocked here, too
     signal.alarm(order.seconds)
     with socket.socket(fileno=order.socket) as sock:
         try:

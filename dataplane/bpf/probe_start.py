@@ -83,14 +83,16 @@ class ProbeStart:
         self.cancel()
 
     def fileno(self) -> int:
-        """Readable when the child has finished, also when it failed or has taken too long."""
+        """Readable when the child has finished, also when it failed or has taken too long; -1 after `finish`."""
         return self._socket.fileno()
 
     def finish(self) -> DnatHits:
         """The probe, attached; waits for the child if need be. ProbeUnavailable says why there is none."""
         try:
-            left = max(0.0, self._ends - time.monotonic())
-            ready = select.select([self._socket], [], [], left + 1)[0]  # a second for the child's own alarm
+            left = max(0.0, self._ends - time.monotonic()) + 1  # a second for the child's own alarm
+            waiting = select.poll()  # select takes no descriptor beyond 1023
+            waiting.register(self._socket, select.POLLIN)
+            ready = waiting.poll(left * 1000)
             try:
                 handed = receive(self._socket) if ready else None
             except Refused as refusal:

@@ -7,8 +7,9 @@ program can reach any more. Reading is copying: it makes no system call, takes n
 Slots are given out in ascending order first and in the order in which they were given back then.
 """
 
-from collections.abc import Callable, Collection, Iterator, Set
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Set
+from operator import add
+from typing import NamedTuple, cast
 
 from .records import HIT_KEY, HITS_WORD, SLOT, SLOT_WORDS, HitKey, unpack_key
 
@@ -38,17 +39,13 @@ class SlotTable:
         """By slot, up to `_end`; None: free, retired, or being filled."""
         self._before: list[int] = []
         """What the key of a slot had counted before it got this slot."""
-        self._last: list[int] = []
-        """The counters at the last reading."""
-        self._totals: dict[HitKey, int] = {}
         self._vacant: set[int] = set()
         """Slots before `_end` that may come into use."""
         self._retired: set[Retired] = set()
         self._remembered: dict[HitKey, int] = {}
-
-    def __len__(self) -> int:
-        """Slots in use as of the last reading."""
-        return len(self._totals)
+        self._addresses: dict[bytes, bytes] = {}
+        self._ports: dict[int, int] = {}
+        """Each once, and shared by the keys that have it: it is a third of their memory."""
 
     def close(self) -> None:
         """Let go of the memory."""
@@ -59,17 +56,12 @@ class SlotTable:
         """Connections by the way they took, since the table began."""
         self._discover()
         counters = self._words[HITS_WORD : self._end * SLOT_WORDS : SLOT_WORDS].tolist()
-        if counters != self._last:
-            keys, before, totals = self._keys, self._before, self._totals
-            for slot, (was, now) in enumerate(zip(self._last, counters, strict=True)):
-                if was != now and (key := keys[slot]) is not None:
-                    totals[key] = before[slot] + now
-            self._last = counters
-        found = self._totals.copy()
+        found = dict(zip(self._keys, map(add, self._before, counters), strict=True))
+        found.pop(None, None)
         for each in self._retired:
             if each.key in found:  # it came back, in another slot
                 found[each.key] += self._counter(each.slot)
-        return found
+        return cast("dict[HitKey, int]", found)
 
     def _counter(self, slot: int) -> int:
         return self._words[slot * SLOT_WORDS + HITS_WORD]
@@ -80,56 +72,58 @@ class SlotTable:
             end = min(self._end + AHEAD, self.capacity)
             if not any(self._words[self._end * SLOT_WORDS : end * SLOT_WORDS : SLOT_WORDS].tolist()):
                 break
-            fresh = end - self._end
-            self._vacant.update(range(self._end, end))
-            self._keys += [None] * fresh
-            self._before += [0] * fresh
-            self._last += [0] * fresh
+            fresh = range(self._end, end)
+            self._keys += [None] * len(fresh)
+            self._before += [0] * len(fresh)
             self._end = end
-        for slot in [each for each in self._vacant if self._words[each * SLOT_WORDS]]:
-            at = slot * SLOT.size
-            key = unpack_key(bytes(self._bytes[at : at + HIT_KEY.size]))  # after the word that says it is complete
-            self._keys[slot] = key
-            self._before[slot] = self._totals[key] = self._remembered.get(key, 0)
-            self._last[slot] = 0
-            self._vacant.discard(slot)
+            self._vacant.update(each for each in fresh if not self._take(each))
+        self._vacant.difference_update([each for each in self._vacant if self._take(each)])
 
-    def others(self, keep: Collection[HitKey]) -> Iterator[tuple[int, HitKey]]:
+    def _take(self, slot: int) -> bool:
+        """Learn whose a slot is, if it is complete."""
+        if not self._words[slot * SLOT_WORDS]:
+            return False
+        at = slot * SLOT.size
+        found = unpack_key(bytes(self._bytes[at : at + HIT_KEY.size]))  # after the word that says it is complete
+        key = found._replace(
+            address=self._addresses.setdefault(found.address, found.address),
+            port=self._ports.setdefault(found.port, found.port),
+            backend_port=self._ports.setdefault(found.backend_port, found.backend_port),
+        )
+        self._keys[slot] = key
+        self._before[slot] = self._remembered.get(key, 0)
+        return True
+
+    def others(self, keep: Collection[HitKey]) -> list[tuple[int, HitKey]]:
         """Slots in use, as of the last reading, by other keys than these."""
         wanted = keep if isinstance(keep, Set) else set(keep)
-        for slot, key in enumerate(self._keys):
-            if key is not None and key not in wanted:
-                yield slot, key
+        return [(slot, key) for slot, key in enumerate(self._keys) if key is not None and key not in wanted]
 
     def retire(self, slot: int) -> Retired:
         """No program finds this slot any more."""
         key = self._keys[slot]
         assert key is not None
         self._keys[slot] = None
-        self._totals.pop(key)
         retired = Retired(slot, key)
         self._retired.add(retired)
         return retired
 
-    def reclaim(self, retired: Retired, give_back: Callable[[int], None]) -> None:
-        """No program counts in this slot any more: remember its count, empty it, and give it back to the programs."""
-        slot, key = retired
-        count = self._counter(slot)
-        self._retired.discard(retired)
-        self._remembered[key] = self._remembered.pop(key, 0) + count
-        if key in self._totals:
-            successor = self._keys.index(key)
-            self._before[successor] += count
-            self._totals[key] += count
-        self._words[slot * SLOT_WORDS : (slot + 1) * SLOT_WORDS] = memoryview(bytes(SLOT.size)).cast("Q")
-        self._last[slot] = 0
-        self._vacant.add(slot)
-        give_back(slot)
+    def reclaim(self, batch: Collection[Retired], give_back: Callable[[int], None]) -> None:
+        """No program counts in these any more: remember their counts, empty them, give them back to the programs."""
+        successors = {key: slot for slot, key in enumerate(self._keys) if key is not None}
+        for each in batch:
+            count = self._counter(each.slot)
+            self._retired.discard(each)
+            self._remembered[each.key] = self._remembered.pop(each.key, 0) + count
+            if each.key in successors:
+                self._before[successors[each.key]] += count
+            self._words[each.slot * SLOT_WORDS : (each.slot + 1) * SLOT_WORDS] = _EMPTY
+            self._vacant.add(each.slot)
+            give_back(each.slot)
         if len(self._remembered) > REMEMBERED:
-            self._forget()
+            gone = [key for key in self._remembered if key not in successors]
+            for key in gone[: len(self._remembered) - REMEMBERED]:
+                del self._remembered[key]
 
-    def _forget(self) -> None:
-        """Drop the oldest tenth of what is remembered of those that have no slot."""
-        gone = (key for key in self._remembered if key not in self._totals)
-        for key, _ in zip([*gone], range(REMEMBERED // 10), strict=False):
-            del self._remembered[key]
+
+_EMPTY = memoryview(bytes(SLOT.size)).cast("Q")

@@ -35,9 +35,9 @@ class KernelTypes:
         types = self.of(module)
         try:
             number = types.find(name, FUNC)
-        except BtfError as error:
+        except BtfError:
             if types is self._kernel:
-                raise NotLoaded(f"{error}; module {module} is not loaded") from None
+                raise NotLoaded(f"module {module} is not loaded") from None
             raise
         return number, number >= types.first_id and types is not self._kernel
 

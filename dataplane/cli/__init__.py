@@ -21,6 +21,8 @@ COMMANDS = {
     "diff": "programming",
     "show": "looking",
     "counters": "looking",
+    "web": "serving",
+    "top": "top",
     "status": "looking",
     "explain": "explaining",
     "trace": "tracing",
@@ -109,6 +111,7 @@ def cli() -> None:
     dataplane run -f services.d         keep it so
     dataplane show                      what the kernel holds
     dataplane counters --watch          who gets the traffic
+    dataplane top                       the same on the whole screen
 
     Kubernetes-style Services in the Linux kernel, from manifest files, without a cluster.
     """

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 TOOLS = ("ipvsadm", "ipvsadm-save", "nft", "iptables")
 """Forms that are a tool's own language: everything, and nothing of ours added."""
+NOT_SHOWN = ("schemaVersion", "figures")
+"""Of a status, what is for programs (`-o json`, metrics) and not for the table."""
 
 
 def complete_services(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[str]:
@@ -210,7 +212,7 @@ def status(config_file: str | None, output: str, **_given: Any) -> int:
 
     told = read_status()
     if output == "table":
-        lines = [[f"{name}:", *_told(value)] for name, value in told.items() if name != "schemaVersion"]
+        lines = [[f"{name}:", *_told(value)] for name, value in told.items() if name not in NOT_SHOWN]
         click.echo(columns([[name, *(rest or [""])] for name, *rest in lines]), nl=False)
     else:
         emit(told, output)

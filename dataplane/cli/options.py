@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from ..backend import Backend
     from ..configuration import Configuration
     from ..desired import Rules
+    from ..kube_source import KubernetesSource
+    from ..kube_watch import Log
     from ..manifest_files import ManifestFiles
     from ..mode_switch import ModeSwitch, Tell
     from ..reconciler import Reconciler
@@ -68,6 +70,17 @@ def _each_of(field: str) -> Callable[[click.Context, click.Parameter, tuple[str,
         return parts
 
     return read
+
+
+def metrics_address(_ctx: click.Context, _: click.Parameter, value: str | None) -> str | None:
+    """ADDRESS:PORT of an option, or ""."""
+    from ..configuration import metrics_listen
+
+    try:
+        metrics_listen(value or "")
+    except ValueError as error:
+        raise click.BadParameter(printable(str(error))) from None
+    return value
 
 
 def _timeouts(_ctx: click.Context, _: click.Parameter, value: str | None) -> object:
@@ -221,6 +234,26 @@ def open_kernel(settings: "Configuration") -> "Backend":
     return open_backend(settings.mode, settings.options())
 
 
+def open_cluster(settings: "Configuration", log: "Log") -> "KubernetesSource | None":
+    """The Kubernetes API as the source; None when the settings name none. InputError when it cannot be used."""
+    if not settings.kubeconfig and not settings.in_cluster:
+        return None
+    if bool(settings.kubeconfig) + settings.in_cluster + bool(settings.manifests) > 1:
+        raise UsageError("one source is expected: manifests (-f), --kubeconfig or --in-cluster")
+    from ..kube_source import KubernetesSource
+    from ..kube_transport import ConfigFault, KubeTransport, kubeconfig_reader, server_name, service_account_reader
+    from ..model import Problem
+
+    path = settings.kubeconfig
+    read = kubeconfig_reader(path, allow_exec=settings.kubeconfig_exec) if path else service_account_reader()
+    try:
+        server = server_name(read)
+    except ConfigFault as fault:
+        reason = printable(str(fault), 500)
+        raise InputError([Problem(printable(path or "--in-cluster", 4096), 0, "", "", reason)]) from None
+    return KubernetesSource(server, (KubeTransport(read), KubeTransport(read)), log)
+
+
 def open_source(settings: "Configuration") -> "ManifestFiles":
     """The manifests; nothing is done when one of the paths does not exist."""
     from pathlib import Path
@@ -228,6 +261,8 @@ def open_source(settings: "Configuration") -> "ManifestFiles":
     from ..manifest_files import ManifestFiles
     from ..model import Problem
 
+    if settings.kubeconfig or settings.in_cluster:
+        raise UsageError("only run reads from a Kubernetes API; name manifests with -f")
     if not settings.manifests:
         raise UsageError("no manifests: name a file or directory with -f, or in the file of --config")
     missing = [path for path in settings.manifests if not Path(path).exists()]

@@ -18,6 +18,8 @@ from .options import (
     emit,
     kernel_options,
     make_reconciler,
+    metrics_address,
+    open_cluster,
     open_kernel,
     open_source,
     open_switch,
@@ -35,14 +37,32 @@ if TYPE_CHECKING:
     from ..reconciler import Reconciler
 
 
-@click.command(short_help="Keep the kernel as the manifests say (daemon).")
+@click.command(short_help="Keep the kernel as the manifests or the Kubernetes API say (daemon).")
 @common_options
 @source_options
+@click.option("--kubeconfig", metavar="FILE", help="Instead of manifests: watch the Kubernetes API this file names.")
+@click.option(
+    "--in-cluster", is_flag=True, default=None, help="Or: watch the Kubernetes API by this pod's service account."
+)
+@click.option(
+    "--kubeconfig-exec", is_flag=True, default=None, help="Run the program that a kubeconfig names for credentials."
+)
 @kernel_options
 @click.option(
     "--resync-seconds",
     type=click.FloatRange(1, 86400),
     help="Compare everything with the kernel this often; default 30.",
+)
+@click.option(
+    "--metrics-bind-address",
+    metavar="ADDRESS:PORT",
+    callback=metrics_address,
+    help="Where metrics and the page to watch are served; '' for nowhere; default 127.0.0.1:10249.",
+)
+@click.option(
+    "--metrics-max-series",
+    type=click.IntRange(0, 10_000_000),
+    help="Metrics of Services and backends, beyond which those of backends are left out; default 100000.",
 )
 @click.option(
     "--log-format",
@@ -59,20 +79,24 @@ def run(ctx: click.Context, /, config_file: str | None, **given: Any) -> None:
     """\b
     dataplane run -f /etc/dataplane/services.d
     dataplane run --config /etc/dataplane/config.yaml
+    dataplane run --kubeconfig /etc/kubernetes/proxy.conf --mode nftables
 
-    Watches the manifests, programs the kernel, repairs what others change, and lets removed real servers finish their
-    connections. SIGTERM ends it and leaves the kernel as it is; SIGHUP reads everything again. Started with another
-    --mode than before, it programs that mode and then lets the other one go: no connection fails.
+    Watches the manifests, or Services and EndpointSlices of a Kubernetes API, programs the kernel, repairs what others
+    change, and lets removed real servers finish their connections. While the API cannot be reached nothing changes.
+    SIGTERM ends it and leaves the kernel as it is; SIGHUP reads everything again. Started with another --mode than
+    before, it programs that mode and then lets the other one go: no connection fails.
     """
     import asyncio
 
     from ..agent import Agent, AgentOptions
     from ..bpf.probe_start import ProbeStart
+    from ..configuration import metrics_listen
     from ..journal import open_journal
+    from ..web_child import WebChild
 
     settings = settle(config_file, given)
-    source = open_source(settings)
     log = open_journal(settings.log_format, verbose=bool(ctx.meta.get(VERBOSE)))
+    source = open_cluster(settings, log) or open_source(settings)
     backend = open_kernel(settings)
     reconciler = make_reconciler(settings, backend)
     try:
@@ -87,7 +111,9 @@ def run(ctx: click.Context, /, config_file: str | None, **given: Any) -> None:
             with contextlib.closing(SettledNode(settings)) as node:
                 options = AgentOptions(resync_seconds=settings.resync_seconds)
                 start_probe = ProbeStart if settings.probe == "auto" else None
-                asyncio.run(Agent(reconciler, source, options, log, node, switch, start_probe).run())
+                listen = metrics_listen(settings.metrics_bind_address)
+                web = WebChild(listen, log, settings.metrics_max_series) if listen else None
+                asyncio.run(Agent(reconciler, source, options, log, node, switch, start_probe, web).run())
         finally:
             switch.close()
     finally:

@@ -44,6 +44,8 @@ class Viewer:
         self._agent: ControlClient | None = None
         self._backend: Backend | None = None
         self._kernel: Looks | None = None
+        self.from_agent = False
+        """Whether the agent has told the last look; else it was read from the kernel."""
         self._before: Look | None = None
 
     def __enter__(self) -> "Viewer":
@@ -64,7 +66,13 @@ class Viewer:
         """What is there now. AgentUnreachable is never raised: there is always the kernel."""
         from ..rows import with_rates
 
-        look = with_rates(self._ask_agent() or self._read_kernel(), self._before)
+        told = self._ask_agent()
+        self.from_agent = told is not None
+        if told is not None and self._backend is not None:
+            # should it go again, its mode may be another one than it was
+            self._backend.close()
+            self._backend = self._kernel = None
+        look = with_rates(told or self._read_kernel(), self._before)
         self._before = look
         return look
 

@@ -3,7 +3,8 @@
 What a mode needs is tried, not guessed: in a network namespace of its own, which a thread enters and which vanishes
 with that thread, a dummy device is made, virtual servers with each scheduler, the guard table, and a Service in each of
 the other modes. Module lists, kernel configurations and versions lie (built in, not installed, back-ported, forbidden
-in a container). What only other modes lack than the one that is asked about is a warning.
+in a container). What only other modes lack than the one that is asked about is a warning. The probe is compiled and
+attached, and detached.
 """
 
 from collections.abc import Collection
@@ -11,7 +12,7 @@ from collections.abc import Collection
 from ..configuration import Configuration
 from ..model import Address
 from ..show_text import columns, status_colour
-from . import kube_proxy, node, trials
+from . import kube_proxy, node, probe, trials
 from .check import Check, Status, safely
 
 
@@ -26,6 +27,7 @@ def examine(settings: Configuration, *, capable: bool, agent: str = "", vips: Co
     checks += node.tools(settings.mode)
     if capable:
         checks += trials.in_thrown_away_namespace(lambda: trials.everything(settings))
+        checks += safely("probe", lambda: probe.try_probe(settings))  # behind those, which have loaded modules
         checks += safely("loopback", node.loopback)
         checks += safely("state", lambda: node.state(settings, agent))
         checks += safely("other modes", lambda: node.other_modes(settings, agent))
