@@ -388,10 +388,16 @@ def compare_command(arguments: list[str]) -> int:
 def report_command(arguments: list[str]) -> int:
     """`report FILE… --out DIR`."""
     parser = argparse.ArgumentParser(prog="python -m bench report", description=report.__doc__)
-    parser.add_argument("runs", nargs="+", help="files of records, or folders with one each")
+    parser.add_argument("runs", nargs="+", help="files of records or folders with one; A,B: sittings of one run")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     given = parser.parse_args(arguments)
-    print(report.write(_read(given.runs), given.out, BASES, TARGETS))
+    try:
+        runs = [compare.join(_read(each.split(","))) for each in given.runs]
+    except (compare.Unlike, FileNotFoundError) as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
+    print(report.write(runs, given.out, BASES, TARGETS))
+    print("".join(f"{summary.as_text(run)}\n{aims_text(aims(run))}\n" for run in runs))
     return 0
 
 

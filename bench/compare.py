@@ -1,5 +1,6 @@
 """Two runs side by side: `python -m bench compare A B`. Refused when they are of unlike machines."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,18 +35,39 @@ def find(path: Path) -> Path:
     """A file of records, or the newest in a folder."""
     if path.is_file():
         return path
-    files = sorted(path.glob("*.jsonl"))
+    files = sorted(path.glob("*.jsonl*"))
     if not files:
         raise FileNotFoundError(f"no file of records in {path}")
     return files[-1]
 
 
-def compare(before: Records, after: Records) -> list[Line]:
-    """What both have measured; Unlike when that means nothing."""
-    other = [each for each in ALIKE if before.metadata.get(each) != after.metadata.get(each)]
+def insist_alike(before: Records, after: Records, fields: Sequence[str] = ALIKE) -> None:
+    """Unlike when two runs must not stand side by side."""
+    other = [each for each in fields if before.metadata.get(each) != after.metadata.get(each)]
     if other:
         told = "; ".join(f"{each}: {before.metadata.get(each)} and {after.metadata.get(each)}" for each in other)
         raise Unlike(f"these runs were made on unlike machines: {told}")
+
+
+def join(runs: Sequence[Records]) -> Records:
+    """Sittings of one machine and one commit as one run: what several have measured has the samples of all."""
+    first, *others = runs
+    joined = Records()
+    joined.metadata = first.metadata
+    for each in runs:
+        if each in others:
+            insist_alike(first, each, (*ALIKE, "commit"))
+        for key, samples in each.samples.items():
+            joined.add_all(key, samples, each.units[key], calculated=key in each.calculated)
+        joined.failures += each.failures
+        joined.calibrations += each.calibrations
+        joined.loads += each.loads
+    return joined
+
+
+def compare(before: Records, after: Records) -> list[Line]:
+    """What both have measured; Unlike when that means nothing."""
+    insist_alike(before, after)
     return [
         Line(key, summarize(samples).median, summarize(after.samples[key]).median, before.units[key])
         for key, samples in before.samples.items()

@@ -260,7 +260,7 @@ def draw(records: Records, folder: Path, prefix: str = "", only: Sequence[str] =
         figure = PICTURES[name](records)
         if figure is None:
             continue
-        figure.supxlabel(_caption(records), fontsize=7, color=GREY)
+        figure.suptitle(f"{figure.get_suptitle()}\n{_caption(records)}", fontsize=10)
         for form in ("svg", "png"):
             path = folder / f"{prefix}{name}.{form}"
             figure.savefig(path, dpi=110, metadata={"Date": None} if form == "svg" else None)

@@ -1,6 +1,7 @@
 """What was measured: every raw sample as a JSON line, and the table that people read."""
 
 import datetime
+import gzip
 import json
 import os
 import platform
@@ -59,9 +60,9 @@ class Records:
 
     @classmethod
     def read(cls, path: Path) -> "Records":
-        """What an earlier run has written."""
+        """What an earlier run has written, packed by gzip or not."""
         records = cls()
-        with path.open() as file:
+        with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
             for line in file:
                 one = json.loads(line)
                 if "metadata" in one:

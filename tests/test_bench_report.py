@@ -1,5 +1,6 @@
 """The bench's frame: what is kept, calculated, compared, shown. From fixed records; the last test measures a little."""
 
+import gzip
 import json
 import socket
 import subprocess
@@ -16,7 +17,7 @@ from hdrh.histogram import HdrHistogram
 from bench import contenders, histograms, kube_proxy, noise, operations, peers, pictures, report, summary, workload
 from bench.__main__ import BASES, TARGETS, read_command_line
 from bench.aims import aims
-from bench.compare import Unlike, as_text, compare, find
+from bench.compare import Unlike, as_text, compare, find, join
 from bench.contenders import CONTENDERS
 from bench.extrapolation import mark, predict
 from bench.isolation import RunFailed, isolated
@@ -115,6 +116,28 @@ def test_runs_of_unlike_machines_are_not_compared(tmp_path: Path) -> None:
     after.metadata["kernel"] = "6.12"
     with pytest.raises(Unlike, match=r"kernel: 6\.1 and 6\.12"):
         compare(before, after)
+
+
+def test_sittings_of_one_machine_are_one_run(tmp_path: Path) -> None:
+    first, second = fixed(), fixed()
+    second.samples = {Key("parts", 1, "", "x"): [1.0]}
+    second.units, second.calculated = {Key("parts", 1, "", "x"): "s"}, set()
+    joined = join([first, second])
+    assert joined.samples == first.samples | second.samples
+    assert (len(joined.calibrations), joined.metadata, joined.calculated) == (18, first.metadata, first.calculated)
+    second.metadata = second.metadata | {"commit": "another"}
+    with pytest.raises(Unlike, match="commit"):
+        join([first, second])
+
+
+def test_records_are_read_from_a_packed_file_too(tmp_path: Path) -> None:
+    written = Records(tmp_path)
+    written.add(Key("parts", 1, "", "x"), 2.0)
+    written.close()
+    assert written.path is not None
+    packed = tmp_path / "a.jsonl.gz"
+    packed.write_bytes(gzip.compress(written.path.read_bytes()))
+    assert Records.read(packed).samples == written.samples
 
 
 def test_a_comparison_tells_what_differs_and_whether_to_believe_it() -> None:

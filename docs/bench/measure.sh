@@ -16,8 +16,9 @@ for what in "${@:-native vm report}"; do
   for one in $what; do
     case $one in
       native)
-        $python -m bench "${common[@]}" --sizes 100,1000,10000,40000 --agent-sizes 1000,10000 --seconds 2 \
-          --out "$out/native"
+        $python -m bench "${common[@]}" --sizes 100,1000,10000 --agent-sizes 1000,10000 --seconds 2 --out "$out/native"
+        $python -m bench "${common[@]}" --only modes --sizes 40000 --endpoints 3 --seconds 2 --out "$out/native-40000" \
+          --contenders "nftables: raw replay" nftables "nftables: nft -f, same rules" "nftables: libnftables, same rules"
         ;;
       vm)
         mkdir -p "$out/vm"
@@ -25,7 +26,7 @@ for what in "${@:-native vm report}"; do
           --sizes 100,1000,10000 --agent-sizes 100,1000 --endpoints 3 --seconds 1 --changes 100 \
           --contenders "${vm_contenders[@]}" --out "$out/vm"
         ;;
-      report) $python -m bench report "$out/native" "$out/vm" --out "$out" ;;
+      report) $python -m bench report "$out/native,$out/native-40000" "$out/vm" --out "$out" ;;
       *) sed -n '2,4s/^# //p' "$0"; exit 2 ;;
     esac
   done
