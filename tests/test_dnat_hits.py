@@ -48,8 +48,8 @@ SOME = [case for case in CASES if case.id not in ("fexit-iptables-nft", "fexit-i
 everywhere = pytest.mark.parametrize(("hits", "lane"), CASES, indirect=["hits"])
 in_short = pytest.mark.parametrize(("hits", "lane"), SOME, indirect=["hits"])
 anew = pytest.mark.parametrize(("fresh", "lane"), SOME, indirect=["fresh"])
-# iptables-legacy replaces its table at each change: the netfilter program, which sees a packet some hooks later than the
-# translation itself, lacked 1 of 50,000 connections there in 2 of 8 runs; which step lost it is not known yet
+# iptables-legacy replaces its table at each change: the netfilter program, which sees a packet some hooks later than
+# the translation itself, lacked 1 of 50,000 connections there in 2 of 8 runs; which step lost it is not known yet
 at_speed = pytest.mark.parametrize(
     ("fresh", "lane"), [case for case in SOME if case.id != "netfilter-iptables-legacy"], indirect=["fresh"]
 )
