@@ -1,7 +1,8 @@
 """pytest plugin: tests marked `ipvs` run on a kernel that has IPVS and dummy devices.
 
 Where this kernel has none, all selected `ipvs` tests run in one boot of the micro-VM (vagrant/microvm.sh): a pytest
-in the guest writes its reports to a shared file, and the pytest here replays them as if the tests had run here.
+in the guest writes its reports to a shared file, and the pytest here replays them as if the tests had run here. The
+guest begins when the tests are known, and works while those of this kernel run; its reports come after theirs.
 Selection (-k, --lf, node ids), -x and the summary are this side's.
 
 Environment:
@@ -166,13 +167,17 @@ class HostPlugin:
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        items.sort(key=is_delegated)  # stable; last, so that all others have finished when the machine emulates another
+        items.sort(key=is_delegated)  # stable
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        wanted = [item for item in session.items if is_delegated(item)]
+        if wanted and not session.config.option.collectonly:
+            self.guest = Guest(session.config, wanted)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
         if is_delegated(item):
-            if self.guest is None:
-                self.guest = Guest(item.config, [each for each in item.session.items if is_delegated(each)])
+            assert self.guest is not None
             self.guest.replay(item)
             return True
         if nextitem is not None and is_delegated(nextitem):

@@ -1,7 +1,8 @@
 """Clients that never stop while a test changes, kills or switches what carries them.
 
-Every new connection has a source address and port of its own, so each is new to conntrack and IPVS too, and none is
-tried twice. Long-lived connections say something all the time.
+Every new connection has a source address and port of its own, also among the storms of one test run: conntrack keeps
+an entry for minutes, and a SYN that meets one goes the old way, which nobody counts as a new connection. None is tried
+twice. Long-lived connections say something all the time.
 """
 
 import contextlib
@@ -22,15 +23,18 @@ from .traffic import Caller, Held, eventually
 
 _ABORT = struct.pack("ii", 1, 0)  # closing resets: no port is kept waiting at either end
 _PORTS = range(2_000, 65_000)
+_SOURCES = 15  # addresses of one client
 _TOLD = 100  # failures of one client that are told: a pipe has to hold them
 _PODS = 8  # servers whose answers are counted apart: pod0, pod1, …
 _PAUSE = 0.001  # between two of one client: the agent has to have a turn on a small machine
 
 
+_storms = itertools.count()
+
+
 def _sources(vip: str, number: int) -> list[str]:
-    return [
-        f"2001:db8::{number + 1:x}:{n:x}" if ":" in vip else f"192.0.2.{16 + number * 16 + n}" for n in range(1, 16)
-    ]
+    numbers = range(1, _SOURCES + 1)
+    return [f"2001:db8::{number + 1:x}:{n:x}" if ":" in vip else f"192.0.2.{16 + number * 16 + n}" for n in numbers]
 
 
 def _answer(vip: str, port: int, source: tuple[str, int]) -> str:
@@ -47,11 +51,14 @@ def _answer(vip: str, port: int, source: tuple[str, int]) -> str:
             return error.strerror or repr(error)
 
 
-def _call(client: NetNs, vip: str, port: int, number: int, pause: float, shared: Any, failures: Any) -> None:
+def _call(
+    client: NetNs, vip: str, port: int, number: int, first: int, pause: float, shared: Any, failures: Any
+) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     told = 0
     with client.enter():
-        for source in itertools.cycle(itertools.product(_sources(vip, number), _PORTS)):
+        sources = _sources(vip, number)
+        for source in itertools.cycle(itertools.product([*sources[first:], *sources[:first]], _PORTS)):
             if shared.stop.value:
                 return
             phase = shared.phase.value
@@ -133,6 +140,7 @@ def storm(client: NetNs, vips: Sequence[str], port: int, *, long_lived: int, pau
     for number, vip in enumerate(vips):
         width = "128 nodad" if ":" in vip else "32"
         client.ip(*(f"address add {each}/{width} dev eth0" for each in _sources(vip, number)))
+    first = next(_storms) % _SOURCES
     context = multiprocessing.get_context("fork")
     counts, answers = (context.Array("L", len(vips) * each, lock=False) for each in (1, _PODS))
     shared = _Shared(context.Value("b", 0), context.Value("i", 0), counts, answers)
@@ -140,7 +148,9 @@ def storm(client: NetNs, vips: Sequence[str], port: int, *, long_lived: int, pau
         [caller.hold(vips[number % len(vips)], port) for number in range(long_lived)], shared, context.SimpleQueue()
     )
     processes = [
-        context.Process(target=_call, args=(client, vip, port, number, pause, shared, running._failures), daemon=True)
+        context.Process(
+            target=_call, args=(client, vip, port, number, first, pause, shared, running._failures), daemon=True
+        )
         for number, vip in enumerate(vips)
     ]
     beaten = threading.Event()

@@ -47,6 +47,12 @@ for tool in qemu-system-x86_64 busybox modprobe; do
 done
 [ "$(id -u)" = 0 ] || die "needs root, to show all of this machine's files to the guest"
 
+version=$(qemu-system-x86_64 --version | sed -n '1s/.*version \([0-9.]*\).*/\1/p')
+if [ "$cpus" -gt 1 ] && dpkg --compare-versions "$version" lt 8.1; then
+  echo "microvm: one processor: QEMU $version may hang with more (8.1 does not; see vagrant/provision.sh)" >&2
+  cpus=1
+fi
+
 work=$(mktemp -d)
 pids=()
 cleanup() {
@@ -202,7 +208,7 @@ arguments=(
   -fsdev "local,id=control,path=$control,security_model=none" -device virtio-9p-pci,fsdev=control,mount_tag=control
   -fsdev "local,id=out,path=$out,security_model=none,multidevs=remap" -device virtio-9p-pci,fsdev=out,mount_tag=out
   -device virtio-rng-pci -kernel "$vmlinux" -initrd "$initrd"
-  -append "console=ttyS0 quiet loglevel=${interactive:-4} panic=-1 mitigations=off audit=0 net.ifnames=0 no_timer_check random.trust_cpu=on"
+  -append "console=ttyS0 quiet loglevel=${interactive:-5} panic=-1 softlockup_panic=1 watchdog_thresh=60 mitigations=off audit=0 net.ifnames=0 no_timer_check random.trust_cpu=on"
 )
 if [ -n "$network" ]; then arguments+=(-netdev user,id=net -device virtio-net-pci,netdev=net); fi
 # Each link of the chain gets a signal when the one above it dies, so not even kill -9 of this script leaves a QEMU behind.
@@ -243,5 +249,5 @@ pids=()
 
 if [ -s "$control/status" ]; then exit "$(cat "$control/status")"; fi
 echo "microvm: the guest did not finish (a panic, or the time limit of $limit s); the end of its console:" >&2
-tail -n 60 "$work/console" >&2 2>/dev/null || true
+tail -n 100 "$work/console" >&2 2>/dev/null || true
 exit 125

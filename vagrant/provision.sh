@@ -49,6 +49,7 @@ missing() {
   done
 }
 
+no_backports=/run/dataplane-no-backports # do not try at every start what failed since the machine booted
 updated=
 install_packages() {
   local wanted log
@@ -69,6 +70,36 @@ install_packages() {
     say "apt-get failed (its output is above)" >&2
     exit 1
   fi
+}
+
+# QEMU before 8.1 may go on running machine code that another processor of the guest has just changed ("accel/tcg: Always
+# lock pages before translation" ended that): a probe that is attached while packets flow can hang the guest. Debian 12 has
+# a newer one in its backports. They are not added to the machine's sources; without them the micro-VM has one processor.
+install_qemu() {
+  local have sources site
+  have=$(dpkg-query -W -f '${Version}' qemu-system-x86 2>/dev/null || true)
+  if dpkg --compare-versions "${have:-0}" ge 1:8.1; then return; fi
+  if [ "$(. /etc/os-release && echo "${VERSION_CODENAME:-}")" = bookworm ] && [ ! -e "$no_backports" ]; then
+    sources=$(mktemp --suffix=.list)
+    chmod 644 "$sources"
+    site=$(apt-get indextargets --format '$(SITE)' 'Created-By: Packages' 'Codename: bookworm' | head -n 1)
+    cat /etc/apt/sources.list 2>/dev/null >"$sources" || true
+    echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] ${site:-http://deb.debian.org/debian} bookworm-backports main" >>"$sources"
+    say "installing qemu-system-x86 of Debian's backports"
+    if {
+      as_root apt-get -qq -o Acquire::Retries=3 -o Dir::Etc::SourceList="$sources" update &&
+        as_root env DEBIAN_FRONTEND=noninteractive apt-get -qq -y -o Acquire::Retries=3 -o Dpkg::Use-Pty=0 \
+          -o Dir::Etc::SourceList="$sources" -t bookworm-backports --no-install-recommends install qemu-system-x86
+    } >"$sources.log" 2>&1 </dev/null; then
+      updated=1
+    else
+      cat "$sources.log" >&2
+      say "Debian's backports cannot be had (apt-get's output is above): the micro-VM will have one processor" >&2
+      as_root touch "$no_backports"
+    fi
+    rm -f "$sources" "$sources.log"
+  fi
+  install_packages qemu-system-x86
 }
 
 # best effort: a kernel without loadable modules has what it has, and has-ipvs.sh decides afterwards
@@ -99,7 +130,8 @@ fi
 
 if [ -n "$lab" ] || ! as_root vagrant/has-ipvs.sh; then
   if [ "$(uname -m)" = x86_64 ]; then
-    install_packages qemu-system-x86 busybox-static xz-utils zstd "$kernel_package"
+    install_qemu
+    install_packages busybox-static xz-utils zstd "$kernel_package"
   else
     say "this kernel has no IPVS, and the micro-VM knows x86_64 only: ipvs mode cannot run here" >&2
   fi
