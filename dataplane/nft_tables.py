@@ -593,11 +593,14 @@ class NftablesBackend:
                 found.refused = next((name for name, verdict in lay.REFUSALS.items() if verdict == one.data), "?")
                 found.comment = one.comment
             for one in self._dump(lay.ENDPOINTS[width]):
-                index = int.from_bytes(one.key[3], _NATIVE)
-                found = entry(one.key, index)
+                address, protocol, port, raw = one.key
+                index = int.from_bytes(raw, _NATIVE)
+                at = VirtualAddress(protocol, address, port, index >= lay.INSIDE)
+                held = entries.get(at)
+                if held is None:
+                    held = entries[at] = Entry()
                 if isinstance(one.data, bytes):
-                    found.endpoints[index] = _target(one.data)
-                at = VirtualAddress(one.key[1], one.key[0], one.key[2], index >= lay.INSIDE)
+                    held.endpoints[index] = _target(one.data)
                 packets[at, index] = one.packets
             for one in self._dump(lay.NUMBERS[width]):
                 if isinstance(one.data, bytes):
@@ -625,6 +628,7 @@ class NftablesBackend:
                 alike = {number: shared[number][0] for number in each.numbers.values() if number in shared}
                 each.shared = homes.same(alike)
                 used.update(each.shared)
+            each.slim()
         strays: dict[nft.SetWire, list[bytes]] = {}
         for number in shared.keys() - used:
             wire = lay.SHARED[len(shared[number][0][0])]
