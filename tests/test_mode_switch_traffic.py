@@ -208,7 +208,7 @@ def test_an_agent_killed_while_legacy_tables_change_over_is_repaired(agent: Node
 
 @pytest.mark.ipvs
 def test_an_agent_killed_while_ipvs_changes_over_is_repaired(agent: NodeAgent, world: Topology) -> None:
-    _kill(agent, world, [IPVS, NFTABLES], 6)
+    _kill(agent, world, [IPVS, NFTABLES], 3)
 
 
 def _kill(agent: NodeAgent, world: Topology, modes: Sequence[Sequence[str]], rounds: int) -> None:
