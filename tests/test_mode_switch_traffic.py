@@ -223,7 +223,9 @@ def _kill(agent: NodeAgent, world: Topology, modes: Sequence[Sequence[str]], rou
             agent.stop()
             load.phase = f"{number}: {modes[now][0]} to {modes[1 - now][0]}, killed"
             with subprocess.Popen(
-                agent.command("run", "-f", str(agent.file), "--log-format", "json", "--mode", *modes[1 - now]),
+                agent.command(
+                    "run", "-f", str(agent.file), "--log-format", "json", "--probe", "off", "--mode", *modes[1 - now]
+                ),
                 stdin=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 text=True,
