@@ -328,7 +328,7 @@ class Reflector:
         started, came = time.monotonic(), False
         try:
             async with (
-                asyncio.timeout(seconds + self._pace.grace_seconds),
+                asyncio.timeout(seconds + self._pace.grace_seconds) as limit,
                 self._transport.stream(self.resource.path, parameters) as pieces,
             ):
                 self._alive()
@@ -341,6 +341,10 @@ class Reflector:
                     finally:
                         self._sink.settled()
                     self._backoff = self._pace.backoff_least
+                    # so much may have come that its end is still to be read: who talks is not dead
+                    ends = asyncio.get_running_loop().time() + self._pace.grace_seconds
+                    if ends > (limit.when() or ends):
+                        limit.reschedule(ends)
         except TimeoutError:
             raise ApiError("the watch did not end when it should have: it is dead") from None
         if not came and time.monotonic() - started < min(1.0, seconds / 4):
