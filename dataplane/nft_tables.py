@@ -110,18 +110,8 @@ class NftablesBackend:
     picks = lay.SCHEDULER
 
     def __init__(self, options: Options) -> None:
-        clients = Clients(
-            options.masquerade_all,
-            options.cluster_cidrs,
-            options.bridge_interface,
-            options.interface_prefix,
-            options.service_cidrs,
-        )
-        self._detection: Detection = clients
-        """How the rules tell clients: these options say, until the kernel's rules have been read."""
         self._sock = NetlinkSocket(NETLINK_NETFILTER)
-        self._text = render(_TEXT.read_text(), clients.rules())
-        self._table = StaticTable(self._sock, TABLE, self._text, self._made_later)
+        self.renew(options)
         self._monitor: NetlinkSocket | None = None
         self._touched = False
         self._entries: dict[VirtualAddress, Entry] = {}
@@ -150,6 +140,20 @@ class NftablesBackend:
         if held.real_servers is reals:
             self._plain = reals
         return held
+
+    def renew(self, options: Options) -> None:
+        """Other rules, written by the next `prepare`; the elements stay."""
+        clients = Clients(
+            options.masquerade_all,
+            options.cluster_cidrs,
+            options.bridge_interface,
+            options.interface_prefix,
+            options.service_cidrs,
+        )
+        self._detection: Detection = clients
+        """How the rules tell clients: these options say, until the kernel's rules have been read."""
+        self._text = render(_TEXT.read_text(), clients.rules())
+        self._table = StaticTable(self._sock, TABLE, self._text, self._made_later)
 
     def present(self) -> bool:
         """Our table is there."""
