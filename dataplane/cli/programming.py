@@ -92,8 +92,10 @@ def run(ctx: click.Context, /, config_file: str | None, **given: Any) -> None:
     from ..bpf.probe_start import ProbeStart
     from ..configuration import metrics_listen
     from ..journal import open_journal
+    from ..systemd_notify import take_service_manager
     from ..web_child import WebChild
 
+    manager = take_service_manager()
     settings = settle(config_file, given)
     log = open_journal(settings.log_format, verbose=bool(ctx.meta.get(VERBOSE)))
     source = open_cluster(settings, log) or open_source(settings)
@@ -113,7 +115,8 @@ def run(ctx: click.Context, /, config_file: str | None, **given: Any) -> None:
                 start_probe = ProbeStart if settings.probe == "auto" else None
                 listen = metrics_listen(settings.metrics_bind_address)
                 web = WebChild(listen, log, settings.metrics_max_series) if listen else None
-                asyncio.run(Agent(reconciler, source, options, log, node, switch, start_probe, web).run())
+                agent = Agent(reconciler, source, options, log, node, switch, start_probe, web, manager)
+                asyncio.run(agent.run())
         finally:
             switch.close()
     finally:
