@@ -315,8 +315,8 @@ def test_a_command_line_of_kube_proxy() -> None:
     line = (
         "--kubeconfig=/k --proxy-mode=ipvs --cluster-cidr=10.0.0.0/8,fd00::/8 --hostname-override=N "
         "--masquerade-all=true --ipvs-strict-arp --conntrack-max-per-core=0 --ipvs-scheduler rr --ipvs-tcp-timeout=1m "
-        "-v=2 --ipvs-exclude-cidrs=10.9.0.0/16 --nodeport-addresses=primary --iptables-sync-period=10s --profiling=false "
-        "--metrics-bind-address=0.0.0.0:10249 --oom-score-adj=-5 --master=x"
+        "--ipvs-exclude-cidrs=10.9.0.0/16 --nodeport-addresses=primary --iptables-sync-period=10s --profiling=false "
+        "--metrics-bind-address=0.0.0.0:10249 --oom-score-adj=-5 --master=x -v=2"
     )
     given, notices = parsed(line)
     assert given == {

@@ -129,18 +129,22 @@ class Stage:
         )
         (units / "dataplane.service").write_text(text)
         self._process = subprocess.Popen(
-            ["ip", "netns", "exec", ns.name, "bash", "-c", INIT],
+            ["nsenter", f"--net={ns.path}", "bash", "-c", INIT],  # `ip netns exec` would hide the control groups
             env={**os.environ, "container": "other", "GROUP": str(self._group), "FOLDER": str(folder)},
             stdin=subprocess.DEVNULL,
             stdout=(folder / "systemd.log").open("wb"),
             stderr=subprocess.STDOUT,
         )
         self.pid = 0
+
+    def wait(self) -> None:
+        """Until it is up."""
         eventually("systemd runs", self._found, 60)
         eventually("its target is reached", lambda: self.run("systemctl", "is-active", "stage.target") == "active", 60)
 
     def _found(self) -> bool:
         """Our process has become unshare, whose child is the init of the new namespaces."""
+        assert self._process.poll() is None, (self.log.parent / "systemd.log").read_text()
         children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text().split()
         self.pid = int(children[0]) if children else 0
         return bool(self.pid) and Path(f"/proc/{self.pid}/comm").read_text().strip() == "systemd"
@@ -178,6 +182,7 @@ def stage(netns: NetNs, tmp_path: Path) -> Iterator[Stage]:
     shutil.copy(ROOT / "examples/hostnames.yaml", tmp_path / "services.yaml")
     made = Stage(netns, tmp_path)
     try:
+        made.wait()
         yield made
     finally:
         made.end()
