@@ -41,9 +41,11 @@ bench: setup ## all modes and the usual tools, on a kernel with IPVS (OUT=bench-
 	@mkdir -p $(OUT)
 	$(call on_ipvs_kernel,$(PYTHON) -m bench --out $(OUT) $(ARGS),-o $(OUT))
 
-lock: ## resolve requirements.lock again (needs uv)
+lock: ## resolve the locks again: everything's, and the container's (needs uv)
 	@uv pip compile -q --universal --generate-hashes --python-version 3.11 --extra dev --extra bench --upgrade \
 		--custom-compile-command 'make lock' pyproject.toml -o requirements.lock
+	@uv pip compile -q --universal --generate-hashes --python-version 3.11 -c requirements.lock \
+		--custom-compile-command 'make lock' pyproject.toml -o deploy/container/requirements.lock
 
 clean: ## remove what the other targets made in this folder
 	@rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist

@@ -38,6 +38,8 @@ from .model import ObjectName, Problem, Update, VirtualAddress
 from .printable import printable
 from .prober import Prober, ProbeStarter
 from .reconciler import Reconciler, SyncReport
+from .show_text import plural
+from .systemd_notify import ServiceManager
 from .tcp_listener import Listen
 
 SOCKET = "\0dataplane-agent"
@@ -197,12 +199,14 @@ class Agent:
         switch: Switch = NoSwitch(),  # noqa: B008 (has no state)
         start_probe: ProbeStarter | None = None,
         web: Web | None = None,
+        manager: ServiceManager = ServiceManager(),  # noqa: B008 (nobody to tell)
         *,
         healthz: Listen | None = None,
         cluster: Cluster | None = None,
         events: Events = NoEvents(),  # noqa: B008 (has no state)
     ) -> None:
         self._reconciler = reconciler
+        self._manager = manager
         self._node = node
         self._switch = switch
         self._source = source
@@ -262,6 +266,7 @@ class Agent:
                 self._healthz.start()
             self._events.tell("Starting", "StartKubeProxy")
             reader = None
+            self._manager.waiting("waiting for the source")
             try:
                 if await self._has_source():
                     # no pause between these two, so that everything reaches the first sync
@@ -274,10 +279,12 @@ class Agent:
                     for descriptor, heed in watched.items():
                         loop.add_reader(descriptor, heed)
                     self._prober.begin()
+                    self._manager.ready(self._summary())
                     await self._work(reader)
                     for descriptor in watched:
                         loop.remove_reader(descriptor)
             finally:
+                self._manager.stopping()
                 if self._web is not None:
                     self._web.close()
                 if reader is not None:
@@ -332,6 +339,7 @@ class Agent:
         next_verify = time.monotonic() + self._options.resync_seconds
         while not self._stop.is_set():
             await self._sleep(next_verify)
+            self._manager.alive()
             if reader.done():
                 reader.result()  # a dead source is not a quiet one: its error ends the agent
             now = time.monotonic()
@@ -351,6 +359,7 @@ class Agent:
                     took = time.monotonic()
                     self._report(self._reconciler.verify(cause))
                     took = time.monotonic() - took
+                    self._manager.reloaded(self._summary())
                     if before := self._switch.look():
                         self._reconciler.backend.prepare(before)
                     self._prober.check()
@@ -364,6 +373,7 @@ class Agent:
                     self._behind_since = None
             except (DataplaneError, OSError) as error:
                 next_verify = max(next_verify, self._fail(error))  # also a look that is due waits for the pause
+                self._manager.reloaded(self._summary())
             self._clean_flows()
             await self._follow_health_checks()
 
@@ -374,7 +384,7 @@ class Agent:
     async def _sleep(self, until: float) -> None:
         """Until something happens or something is due."""
         due = [until]
-        own = (self._disturbed_at, self._retry_at, self._flows_retry_at, self._health.retry_at)
+        own = (self._disturbed_at, self._retry_at, self._flows_retry_at, self._health.retry_at, self._manager.due)
         due += [moment for moment in own if moment is not None]
         if self._reconciler.drains.deadlines or self._switch.leaving:
             due.append(time.monotonic() + self._options.drain_poll_seconds)
@@ -450,6 +460,7 @@ class Agent:
 
     def _reload_now(self) -> None:
         self._log.info("reload", reason="SIGHUP")
+        self._manager.reloading()
         self._updates.append(self._source.read())
         self._reload = True
         self._wake.set()
@@ -530,6 +541,12 @@ class Agent:
         self._told = standing
         for remark in self._reconciler.remarks():
             self._log.warning("remark", remark=printable(remark, 4000))
+
+    def _summary(self) -> str:
+        """The state in a line."""
+        servers = plural(len(self._reconciler.held.servers), "virtual server")
+        held = f"{servers} in {self._reconciler.backend.mode} mode"
+        return held if self._is_healthy() else f"{held}; not healthy, see dataplane status"
 
     def _is_healthy(self) -> bool:
         return not (self._last_error or self._reconciler.failing or self._reconciler.held_back or self._switch.stuck)

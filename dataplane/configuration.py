@@ -6,17 +6,19 @@
     clusterCIDRs: [10.244.0.0/16]
 
 `Configuration` is the file and, merged with the command line, the settings of one run. Every fault of a file is told
-with its line, not only the first; `schema()` is the JSON Schema of the file for editors.
+with its line, not only the first; `schema()` is the JSON Schema of the file for editors, shipped beside this module
+as `configuration.schema.json`. The file may be, or hold beside, kube-proxy's own (`kube_proxy_configuration`).
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, NamedTuple
 
 import msgspec
 from msgspec import Meta, Struct
 
+from . import kube_proxy_configuration as kube_proxy
 from .backend import MODES, PLANNED, Options
 from .desired import DEFAULT_DRAIN_SECONDS, Rules
 from .errors import InputError, UsageError
@@ -36,6 +38,10 @@ PRIMARY = "primary"
 """nodePortAddresses: the node's main addresses, kube-proxy's word."""
 DAY = 86400
 MAX_BYTES = 1 << 20
+EXPECTED = (
+    f"expected: one {KIND} ({API_VERSION}), one {kube_proxy.KIND} ({kube_proxy.API_VERSION}), or one of each as two "
+    "documents"
+)
 
 Seconds = Annotated[int, Meta(ge=0, le=31 * DAY)]
 
@@ -217,15 +223,30 @@ def with_overrides(base: Configuration, given: dict[str, Any]) -> Configuration:
     types = {each.name: each.type for each in msgspec.structs.fields(Configuration)}
     for name, value in said.items():
         try:
-            msgspec.convert(value, types[name])
+            said[name] = msgspec.convert(value, types[name])
         except msgspec.ValidationError as error:
             _, reason = _told(name, str(error), value)
             raise UsageError(f"--{name.replace('_', '-')}: {reason}") from None
     return msgspec.structs.replace(base, **said)
 
 
-def read_configuration(path: str) -> Configuration:
-    """The file's settings; InputError with every fault of it, by line."""
+class Settings(NamedTuple):
+    """A file read: what it sets, and what it says that has no meaning here."""
+
+    configuration: Configuration
+    notices: tuple[Problem, ...]
+
+
+def read_configuration(path: str, mode: str | None = None) -> Configuration:
+    """The file's settings; InputError with every fault of it, by line. `mode`: see `read_settings`."""
+    return read_settings(path, mode).configuration
+
+
+def read_settings(path: str, mode: str | None = None) -> Settings:
+    """A file with an AgentConfiguration, a KubeProxyConfiguration, or both as two documents; ours wins then.
+
+    `mode`: the one the command line says, by which fields of a KubeProxyConfiguration count. InputError as above.
+    """
     from .safe_yaml import Budget, DocumentError, Limits, field_lines, read  # yaml is slow to import
 
     name = printable(path, 4096)
@@ -240,25 +261,81 @@ def read_configuration(path: str) -> Configuration:
         parts = list(read(text, Budget(Limits(file_bytes=MAX_BYTES))))
     except DocumentError as error:
         raise InputError([Problem(name, error.line + 1, "", "", printable(error.reason))]) from None
-    documents = [part for part in parts if part.item < 0]
-    if len(documents) != 1 or not isinstance(documents[0].value, dict):
-        raise InputError(
-            [Problem(name, 0, "", "", f"one mapping is expected: apiVersion: {API_VERSION}, kind: {KIND}")]
+    documents = {_kind(part.value): part for part in parts if part.item < 0}
+    if len(documents) != len(parts) or "" in documents or not documents:
+        raise InputError([Problem(name, 0, "", "", EXPECTED)])
+
+    faults: list[tuple[int, str, str, str]] = []  # line of the document, kind, field, reason
+    remarks: list[tuple[int, str, str, str]] = []
+    own: dict[str, Any] = {}
+    values: dict[str, Any] = {}
+    if part := documents.get(KIND):
+        own, found = _convert(part.value)
+        faults += [(part.line, KIND, *fault) for fault in found]
+    if part := documents.get(kube_proxy.KIND):
+        said = kube_proxy.translate(part.value, mode=mode or own.get("mode"))
+        values, found = _checked(said.values, own)
+        faults += [(part.line, kube_proxy.KIND, *fault) for fault in (*_versions(part.value), *said.faults, *found)]
+        remarks += [(part.line, kube_proxy.KIND, *notice) for notice in said.notices]
+        unknown = said.values.keys() - set(Configuration.__struct_fields__) - {"detect_local_mode"}
+        remarks += [(part.line, kube_proxy.KIND, _field_name(each), "has no meaning here") for each in sorted(unknown)]
+
+    def told(entries: list[tuple[int, str, str, str]]) -> tuple[Problem, ...]:
+        lines = field_lines(text, {(line, field) for line, _, field, _ in entries}) if entries else {}
+        entries = sorted(entries, key=lambda entry: lines[entry[0], entry[2]])
+        return tuple(
+            Problem(name, lines[at, field] + 1, kind, printable(field), why) for at, kind, field, why in entries
         )
-    (document,) = documents
-    settings, faults = _convert(document.value)
+
     if faults:
-        lines = field_lines(text, {(document.line, field) for field, _ in faults})
-        raise InputError(
-            [
-                Problem(name, lines[document.line, field] + 1, KIND, printable(field), reason)
-                for field, reason in sorted(faults, key=lambda fault: lines[document.line, fault[0]])
-            ]
-        )
+        raise InputError(told(faults))
+    settings = msgspec.structs.replace(Configuration(), **with_source(values, own))
     folder = Path(path).parent
     manifests = tuple(str(folder / each) for each in settings.manifests)  # an absolute path stays what it is
     kubeconfig = str(folder / Path(settings.kubeconfig).expanduser()) if settings.kubeconfig else ""
-    return msgspec.structs.replace(settings, manifests=manifests, kubeconfig=kubeconfig)
+    return Settings(msgspec.structs.replace(settings, manifests=manifests, kubeconfig=kubeconfig), told(remarks))
+
+
+SOURCES: Final = ("manifests", "kubeconfig", "in_cluster")
+"""Fields that name where Services come from: whoever names one means none of the others."""
+
+
+def with_source(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Two sets of fields, of which `above` wins."""
+    if any(above.get(each) for each in SOURCES):
+        below = {name: value for name, value in below.items() if name not in SOURCES}
+    return {**below, **above}
+
+
+def _kind(value: object) -> str:
+    """Which of the documents that may stand in the file this is; "" = none."""
+    if not isinstance(value, dict):
+        return ""
+    version = value.get("apiVersion")
+    if value.get("kind") == kube_proxy.KIND or (isinstance(version, str) and version.startswith(kube_proxy.GROUP)):
+        return kube_proxy.KIND
+    return KIND
+
+
+def _versions(given: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    for field, wanted in (("apiVersion", kube_proxy.API_VERSION), ("kind", kube_proxy.KIND)):
+        if given.get(field) != wanted:
+            got = f"it is {shown(given[field])}" if field in given else "it is missing"
+            yield field, f"must be {wanted} ({got})"
+
+
+def _checked(said: dict[str, Any], own: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """Values of a KubeProxyConfiguration as the fields' types have them, and (field, reason) of what they refuse."""
+    said = dict(said)
+    faults: list[tuple[str, str]] = []
+    if said.pop("detect_local_mode", "") == "NodeCIDR" and not own.get("cluster_cidrs"):
+        reason = (
+            f"NodeCIDR is not known here; name the node's pod range in clusterCIDRs of an {KIND}, a second document"
+        )
+        faults.append(("detectLocalMode", reason))
+    types = {each.name: each.type for each in msgspec.structs.fields(Configuration)}
+    values = {name: msgspec.convert(value, types[name]) for name, value in said.items() if name in types}
+    return values, faults
 
 
 def metrics_listen(text: str) -> Listen | None:
@@ -280,8 +357,8 @@ ADDRESS_FIELDS: dict[str, Callable[[str], object]] = {
 """Fields that hold addresses, and how one is read."""
 
 
-def _convert(given: dict[str, Any]) -> tuple[Configuration, list[tuple[str, str]]]:
-    """The settings, and (field, reason) of each fault."""
+def _convert(given: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """The fields that are set, and (field, reason) of each fault."""
     fields = {each.encode_name: each for each in msgspec.structs.fields(Configuration)}
     faults: list[tuple[str, str]] = []
     for required, value in (("apiVersion", API_VERSION), ("kind", KIND)):
@@ -308,7 +385,7 @@ def _convert(given: dict[str, Any]) -> tuple[Configuration, list[tuple[str, str]
             metrics_listen("" if text == AUTO else text)
         except ValueError as error:
             faults.append((_field_name(name), printable(str(error))))
-    return (Configuration() if faults else Configuration(**values)), faults
+    return values, faults
 
 
 _PLACE = re.compile(r"(?s)(.*?)(?: - at `\$(.*)`)?")

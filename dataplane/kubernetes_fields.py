@@ -215,16 +215,22 @@ def scheduler_flags(text: str | None, field: str, faults: Faults) -> int:
     return int(flags)
 
 
+def go_duration(text: str) -> float | None:
+    """Go's time.ParseDuration without a sign, in seconds: `15m`, `1h0m0s`, `250ms`, `0`; None for what is none."""
+    if text == "0":
+        return 0.0
+    if len(text) > 64 or not _DURATION.fullmatch(text):
+        return None
+    return sum(float(count) * _UNIT_SECONDS[unit] for count, unit in _DURATION_PART.findall(text))
+
+
 def drain_seconds(text: str | None, field: str, faults: Faults) -> int:
     """`"900"` or `"15m"`, 0 to 86400 seconds, rounded up; -1 = not given."""
     if not text:
         return -1
-    seconds: float = -1
-    if text.isascii() and text.isdigit() and len(text) <= 9:
-        seconds = int(text)
-    elif len(text) <= 64 and _DURATION.fullmatch(text):
-        seconds = sum(float(count) * _UNIT_SECONDS[unit] for count, unit in _DURATION_PART.findall(text))
-    if not 0 <= seconds <= DAY:
+    is_number = text.isascii() and text.isdigit() and len(text) <= 9
+    seconds = int(text) if is_number else go_duration(text)
+    if seconds is None or not 0 <= seconds <= DAY:
         faults.note(field, f'{shown(text)} is neither seconds (0 to {DAY}) nor like "15m"; the default is used')
         return -1
     return -int(-seconds // 1)

@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 from msgspec import structs
 
+from dataplane import configuration
 from dataplane.configuration import (
+    EXPECTED,
     Configuration,
     default_node_name,
     metrics_listen,
@@ -15,9 +17,9 @@ from dataplane.configuration import (
 )
 from dataplane.errors import InputError, UsageError
 from dataplane.model import parse_network
+from dataplane.show_text import structured
 
 HEAD = "apiVersion: dataplane/v1alpha1\nkind: AgentConfiguration\n"
-ONE_MAPPING = "one mapping is expected: apiVersion: dataplane/v1alpha1, kind: AgentConfiguration"
 
 
 def write(folder: Path, text: str, name: str = "config.yaml") -> str:
@@ -109,9 +111,9 @@ def test_json_is_read_too(tmp_path: Path) -> None:
         ),
         ("a: [\n", ["config.yaml:2: not YAML: while parsing a flow node, did not find expected node content"]),
         ("a: &x 1\n", ["config.yaml:1: anchors are not allowed"]),
-        ("", [f"config.yaml: {ONE_MAPPING}"]),
-        ("[]\n", [f"config.yaml: {ONE_MAPPING}"]),
-        (HEAD + "---\n" + HEAD, [f"config.yaml: {ONE_MAPPING}"]),
+        ("", [f"config.yaml: {EXPECTED}"]),
+        ("[]\n", [f"config.yaml: {EXPECTED}"]),
+        (HEAD + "---\n" + HEAD, [f"config.yaml: {EXPECTED}"]),
     ],
 )
 def test_faults_are_named_by_line_and_field(tmp_path: Path, text: str, expected: list[str]) -> None:
@@ -156,3 +158,9 @@ def test_the_schema_names_the_fields_that_the_reader_knows() -> None:
     assert all(each.get("description") for each in made["properties"].values())
     assert made["properties"]["ipvsTimeouts"]["$ref"] == "#/$defs/IpvsTimeouts"
     assert set(made["$defs"]["IpvsTimeouts"]["properties"]) == {"tcp", "tcpFin", "udp"}
+
+
+def test_the_schema_that_is_shipped_is_the_one_that_is_made() -> None:
+    """To make it anew: `dataplane check --print-schema > dataplane/configuration.schema.json`."""
+    shipped = Path(configuration.__file__).with_name("configuration.schema.json")
+    assert shipped.read_text() == structured(schema(), "json")

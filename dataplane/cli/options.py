@@ -117,7 +117,13 @@ common_options = together(
         show_envvar=True,
         help="Kernel mechanism; default ipvs.",
     ),
-    click.option("--config", "config_file", metavar="FILE", help="AgentConfiguration file; options here win over it."),
+    click.option(
+        "-c",
+        "--config",
+        "config_file",
+        metavar="FILE",
+        help="AgentConfiguration, KubeProxyConfiguration, or both as two documents; options here win over it.",
+    ),
     click.option(
         "-v",
         "--verbose",
@@ -215,9 +221,21 @@ kernel_options = together(
 
 def settle(config_file: str | None, given: dict[str, Any]) -> "Configuration":
     """Command line over file over defaults."""
-    from ..configuration import Configuration, read_configuration, with_overrides
+    return settle_and_tell(config_file, given)[0]
 
-    return with_overrides(read_configuration(config_file) if config_file else Configuration(), given)
+
+def settle_and_tell(config_file: str | None, given: dict[str, Any]) -> "tuple[Configuration, list[str]]":
+    """The same, and what was said that has no meaning here."""
+    import msgspec
+
+    from ..configuration import SOURCES, Configuration, read_settings, with_overrides
+
+    if not config_file:
+        return with_overrides(Configuration(), given), []
+    base, notices = read_settings(config_file, given.get("mode"))
+    if any(given.get(each) for each in SOURCES):  # who names a source means none of the file's
+        base = msgspec.structs.replace(base, manifests=(), kubeconfig="", in_cluster=False)
+    return with_overrides(base, given), list(map(str, notices))
 
 
 def has_net_admin() -> bool:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import PreflightError
+from ..printable import printable
+from .kube_proxy_flags import GoCommand, kube_proxy_flags, with_flags
 from .options import (
     BAD_INPUT,
     DIFFERS,
@@ -28,16 +30,18 @@ from .options import (
     say,
     say_problems,
     settle,
+    settle_and_tell,
     source_options,
 )
 
 if TYPE_CHECKING:
+    from ..agent import Log
     from ..configuration import Configuration
     from ..model import Update, VirtualAddress
     from ..reconciler import Reconciler
 
 
-@click.command(short_help="Keep the kernel as the manifests or the Kubernetes API say (daemon).")
+@click.command(cls=GoCommand, short_help="Keep the kernel as the manifests or the Kubernetes API say (daemon).")
 @common_options
 @source_options
 @click.option("--kubeconfig", metavar="FILE", help="Instead of manifests: watch the Kubernetes API this file names.")
@@ -80,8 +84,12 @@ if TYPE_CHECKING:
     type=click.Choice(("auto", "off")),
     help="Count hits by a BPF probe inside the kernel where it allows that; default auto.",
 )
+@click.option(
+    "--init-only", is_flag=True, help="Only do what needs most privileges (sysctls, modules, fixed parts), and end."
+)
+@kube_proxy_flags
 @click.pass_context
-def run(ctx: click.Context, /, config_file: str | None, **given: Any) -> None:
+def run(ctx: click.Context, /, config_file: str | None, init_only: bool, **given: Any) -> None:
     """\b
     dataplane run -f /etc/dataplane/services.d
     dataplane run --config /etc/dataplane/config.yaml
@@ -90,7 +98,8 @@ def run(ctx: click.Context, /, config_file: str | None, **given: Any) -> None:
     Watches the manifests, or Services and EndpointSlices of a Kubernetes API, programs the kernel, repairs what others
     change, and lets removed real servers finish their connections. While the API cannot be reached nothing changes.
     SIGTERM ends it and leaves the kernel as it is; SIGHUP reads everything again. Started with another --mode than
-    before, it programs that mode and then lets the other one go: no connection fails.
+    before, it programs that mode and then lets the other one go: no connection fails. A KubeProxyConfiguration does
+    for --config, and kube-proxy's flags are taken too; what has no meaning here is told in the log.
     """
     import asyncio
 
@@ -98,10 +107,18 @@ def run(ctx: click.Context, /, config_file: str | None, **given: Any) -> None:
     from ..bpf.probe_start import ProbeStart
     from ..configuration import metrics_listen
     from ..journal import open_journal
+    from ..systemd_notify import take_service_manager
     from ..web_child import WebChild
 
-    settings = settle(config_file, given)
+    manager = take_service_manager()
+    given, unused = with_flags(given)
+    settings, notices = settle_and_tell(config_file, given)
     log = open_journal(settings.log_format, verbose=bool(ctx.meta.get(VERBOSE)))
+    for notice in (*notices, *unused):
+        log.warning("configuration", notice=printable(notice, 500))
+    if init_only:
+        _prepare_only(settings, log)
+        return
     opened = open_cluster(settings, log)
     cluster, events = opened or (None, None)
     source = cluster or open_source(settings)
@@ -122,7 +139,7 @@ def run(ctx: click.Context, /, config_file: str | None, **given: Any) -> None:
                 listen = metrics_listen(settings.metrics_bind_address)
                 web = WebChild(listen, log, settings.metrics_max_series) if listen else None
                 agent = Agent(
-                    *(reconciler, source, options, log, node, switch, start_probe, web),
+                    *(reconciler, source, options, log, node, switch, start_probe, web, manager),
                     healthz=settings.healthz(),
                     cluster=cluster,
                     events=events or NoEvents(),
@@ -132,6 +149,24 @@ def run(ctx: click.Context, /, config_file: str | None, **given: Any) -> None:
             switch.close()
     finally:
         backend.close()
+
+
+def _prepare_only(settings: "Configuration", log: "Log") -> None:
+    """What needs most privileges: for a container that has them only at the beginning (kube-proxy's --init-only)."""
+    from ..agent import agent_lock
+
+    backend = open_kernel(settings)
+    try:
+        with agent_lock():
+            switch = open_switch(settings, make_reconciler(settings, backend), lambda *_, **__: None)
+            try:
+                for lack in backend.prepare(switch.look()):
+                    log.warning("not as wanted", lack=lack)
+            finally:
+                switch.close()
+    finally:
+        backend.close()
+    log.info("prepared", mode=backend.mode)
 
 
 def _keeps(update: "Update", reconciler: "Reconciler", settings: "Configuration") -> "set[VirtualAddress] | None":
@@ -224,7 +259,6 @@ def apply(config_file: str | None, output: str, dry_run: bool, **given: Any) -> 
 def _clean_flows(reconciler: "Reconciler") -> str:
     """Delete conntrack entries that lead UDP clients to what is gone; why that failed, or ""."""
     from ..errors import DataplaneError
-    from ..printable import printable
 
     try:
         swept = reconciler.clean_flows()

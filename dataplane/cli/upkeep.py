@@ -23,6 +23,7 @@ from .options import (
     output_option,
     say_problems,
     settle,
+    settle_and_tell,
     source_options,
 )
 
@@ -192,7 +193,8 @@ def check(config_file: str | None, output: str, print_schema: bool, **given: Any
     if print_schema:
         emit(schema(), "json")
         return 0
-    settings = settle(config_file, given)
+    settings, notices = settle_and_tell(config_file, given)
+    say_problems(notices)
     if not settings.manifests:
         if not config_file:
             raise UsageError("nothing to check: name manifests with -f, or a configuration with --config")
