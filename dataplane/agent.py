@@ -17,7 +17,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from msgspec import Struct
@@ -31,7 +31,7 @@ from .figures import Figures
 from .health_responder import HealthResponder
 from .libc_malloc import give_memory_back
 from .looks import Looks
-from .model import Problem, Update, VirtualAddress
+from .model import ObjectName, Problem, Update, VirtualAddress
 from .printable import printable
 from .prober import Prober, ProbeStarter
 from .reconciler import Reconciler, SyncReport
@@ -132,6 +132,28 @@ class Web(Protocol):
         """End it."""
 
 
+class Names(Protocol):
+    """What the agent needs of a `dns.service.NameService`: what answers for the names of Services."""
+
+    def start(self) -> None:
+        """Listen; what is asked before the first update is told to come again."""
+
+    def update(self, update: Update) -> None:
+        """Names are so when this returns."""
+
+    def close(self) -> None:
+        """End it."""
+
+    def status(self) -> dict[str, Any]:
+        """For `dataplane status`."""
+
+    def service_counts(self) -> Mapping[ObjectName, int]:
+        """Answers for each Service so far."""
+
+    def explain(self, name: str, qtype: str, namespace: str) -> dict[str, Any]:
+        """How an answer comes about; ValueError for what cannot be asked."""
+
+
 class Log(Protocol):
     """What the agent needs of a structlog logger."""
 
@@ -153,6 +175,7 @@ class Agent:
         switch: Switch = NoSwitch(),  # noqa: B008 (has no state)
         start_probe: ProbeStarter | None = None,
         web: Web | None = None,
+        names: Names | None = None,
     ) -> None:
         self._reconciler = reconciler
         self._node = node
@@ -175,7 +198,9 @@ class Agent:
         self._health = HealthResponder(log, self._is_healthy)
         self._looks = reconciler.audience = Looks(reconciler.backend, self._clocks, lambda: reconciler.held.servers)
         self._prober = Prober(self._looks, lambda: reconciler.held.servers, log, start_probe)
-        self._control = ControlServer({"status": self._tell_status, "look": self._tell_look})
+        self._names = names
+        told = {"status": self._tell_status, "look": self._tell_look, "names": self._tell_names}
+        self._control = ControlServer(told, {"name": self._tell_name})
         self._figures = Figures()
         self._web = web
         self._flows_retry_at: float | None = None
@@ -200,6 +225,8 @@ class Agent:
                 self._log.warning("nobody can ask", error=printable(str(error)))
             if self._web is not None:
                 self._web.start()
+            if self._names is not None:
+                self._names.start()
             reader = None
             try:
                 if await self._has_source():
@@ -219,6 +246,8 @@ class Agent:
             finally:
                 if self._web is not None:
                     self._web.close()
+                if self._names is not None:
+                    self._names.close()
                 if reader is not None:
                     reader.cancel()
                     with contextlib.suppress(asyncio.CancelledError, Exception):
@@ -249,6 +278,8 @@ class Agent:
         reconciler = self._reconciler
         update = self._source.read()
         reconciler.take(update)
+        if self._names is not None:
+            self._names.update(update)
         self._tell_problems()
         for lack in reconciler.backend.prepare(self._switch.look()):
             self._log.warning("not as wanted", lack=lack)
@@ -327,6 +358,8 @@ class Agent:
         for update in waiting:
             self._figures.changed_services += len(update.changed)
             touched |= self._reconciler.take(update)
+            if self._names is not None:
+                self._names.update(update)
         self._tell_problems()
         if self._reconciler.unexplained and not self._source.problems:
             self._reconciler.keep_unexplained(input_is_whole=True)
@@ -468,6 +501,7 @@ class Agent:
             "hits": str(self._looks.counts),
             "conntrack": {"deleted": self._figures.conntrack_deleted, "lastError": self._flows_error},
             "figures": self._figures.to_builtins(),
+            "dns": self._names.status() if self._names is not None else None,
         }
 
     def _tell_status(self) -> bytes:
@@ -478,6 +512,20 @@ class Agent:
         if len(answer) > BIG:
             asyncio.get_running_loop().call_later(BIG_SECONDS, give_memory_back)
         return answer
+
+    def _tell_names(self) -> bytes:
+        """Answers for each Service by name, for metrics."""
+        counts = self._names.service_counts() if self._names is not None else {}
+        return json.dumps({str(name): count for name, count in counts.items()}).encode()
+
+    def _tell_name(self, question: Mapping[str, Any]) -> bytes:
+        if self._names is None:
+            raise DataplaneError("it answers no names: start it with --dns ADDRESS:PORT, or name manifests with -f")
+        name, qtype, namespace = (str(question.get(each, "")) for each in ("name", "type", "namespace"))
+        try:
+            return json.dumps(self._names.explain(name, qtype, namespace or "default")).encode()
+        except ValueError as error:
+            raise DataplaneError(str(error)) from None
 
     def _clocks(self) -> dict[DrainKey, float]:
         now = time.monotonic()

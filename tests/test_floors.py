@@ -24,7 +24,7 @@ TABLE = """
 3   ipvs_messages nftables_messages nft_clients netlink_route iptables_chains iptables_save
 3   kubernetes_objects manifest_text sightings
 2   desired plan drain counters control_server staleness procfs_sockets netlink_socket iptables_text
-2   kubernetes_reading kubernetes_wire kubernetes_fields bpf walk procfs_recent figures kube_transport
+2   kubernetes_reading kubernetes_wire kubernetes_fields bpf walk procfs_recent figures kube_transport dns
 1   model nlattr run_tool journal safe_yaml control_socket tcp_listener
 0   errors printable procfs_sysctl stable_file directory_watch libc_malloc
 """

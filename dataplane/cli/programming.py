@@ -13,8 +13,10 @@ from .options import (
     FAILED,
     VERBOSE,
     SettledNode,
+    answering_options,
     colours,
     common_options,
+    dns_listen_option,
     emit,
     kernel_options,
     make_reconciler,
@@ -29,10 +31,12 @@ from .options import (
     say_problems,
     settle,
     source_options,
+    zone_options,
 )
 
 if TYPE_CHECKING:
     from ..configuration import Configuration
+    from ..dns.service import NameService
     from ..model import Update, VirtualAddress
     from ..reconciler import Reconciler
 
@@ -74,6 +78,9 @@ if TYPE_CHECKING:
     type=click.Choice(("auto", "off")),
     help="Count hits by a BPF probe inside the kernel where it allows that; default auto.",
 )
+@dns_listen_option("--dns", "Answer names of Services here, over UDP and TCP; repeatable; default: nowhere.")
+@zone_options
+@answering_options
 @click.pass_context
 def run(ctx: click.Context, /, config_file: str | None, **given: Any) -> None:
     """\b
@@ -113,11 +120,33 @@ def run(ctx: click.Context, /, config_file: str | None, **given: Any) -> None:
                 start_probe = ProbeStart if settings.probe == "auto" else None
                 listen = metrics_listen(settings.metrics_bind_address)
                 web = WebChild(listen, log, settings.metrics_max_series) if listen else None
-                asyncio.run(Agent(reconciler, source, options, log, node, switch, start_probe, web).run())
+                names = _open_names(settings, log)
+                asyncio.run(Agent(reconciler, source, options, log, node, switch, start_probe, web, names).run())
         finally:
             switch.close()
     finally:
         backend.close()
+
+
+def _open_names(settings: "Configuration", log: Any) -> "NameService | None":
+    """What answers names beside the agent; None when the settings name no place for it."""
+    if not settings.dns_listen:
+        return None
+    from ..configuration import dns_server
+    from ..dns.answers import Answers
+    from ..dns.server import Limits
+    from ..dns.service import NameService
+    from ..tcp_listener import parse_listen
+
+    answers = Answers(settings.dns_rules(), recursive=bool(settings.dns_upstreams))
+    return NameService(
+        answers,
+        list(map(parse_listen, settings.dns_listen)),
+        log,
+        Limits(rate=settings.dns_rate_limit),
+        list(map(dns_server, settings.dns_upstreams)),
+        log_queries=settings.dns_log_queries,
+    )
 
 
 def _keeps(update: "Update", reconciler: "Reconciler", settings: "Configuration") -> "set[VirtualAddress] | None":

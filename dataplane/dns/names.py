@@ -17,7 +17,7 @@ _V4, _V6 = ("in-addr", "arpa"), ("ip6", "arpa")
 
 def read_name(packet: bytes, offset: int) -> tuple[Labels, int] | None:
     """An uncompressed name and the offset behind it; None when it is malformed, compressed or too long."""
-    labels = []
+    labels: list[str] = []
     start = offset
     while offset < len(packet):
         length = packet[offset]

@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 from ..printable import printable
 from .names import as_text
-from .query import read_query
+from .query import Query, read_query
 from .records import TYPES
 
 MOST_LINES = 1000
@@ -40,7 +40,7 @@ class QueryLog:
         if self._lines > MOST_LINES:
             return
         query = read_query(packet)
-        if isinstance(query, tuple) and hasattr(query, "labels"):
+        if isinstance(query, Query):
             name, kind = printable(as_text(query.labels)), type_name(query.qtype)
         else:
             name, kind = "malformed", ""

@@ -11,7 +11,7 @@ that the DNS knows as an empty one, `Rules.coredns` chooses.
 """
 
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from msgspec import Struct
 
@@ -27,6 +27,7 @@ ALIASES = 8
 """CNAME records in a row that are followed, as many as CoreDNS follows."""
 ANY_TTL = 3600
 
+_Entry = TypeVar("_Entry")
 Dependency = ObjectName | Address
 """What an answer was made from: a Service by name, or whoever has an address."""
 
@@ -135,13 +136,13 @@ class Records:
         depth = len(self.zone)
         if labels[-depth:] == self.zone:
             _tell(steps, f"it ends with the zone {as_text(self.zone)}")
-            found = self._inside(labels[:-depth], qtype, steps)
+            found: Found | None = self._inside(labels[:-depth], qtype, steps)
         else:
             address = reverse_address(labels)
             found = None if address is None else self._reverse(labels, address, qtype, steps)
-            if found is None:
-                _tell(steps, f"it is not in the zone {as_text(self.zone)}, nor an address that is known here")
-                return None
+        if found is None:
+            _tell(steps, f"it is not in the zone {as_text(self.zone)}, nor an address that is known here")
+            return None
         if qtype == ANY and found.rcode == NOERROR and not found.alias:
             minimal = RRset(as_text(labels), "HINFO", ANY_TTL, ('"RFC8482" ""',))
             _tell(steps, "ANY gets one record that says nothing (RFC 8482)")
@@ -208,7 +209,9 @@ class Records:
             return self._endpoints(service, view, (endpoint, port, protocol), qtype, steps)
         if self.rules.ignore_empty and next(targets(view), None) is None:
             return self._none(f"Service {name} has no ready endpoint, and such are ignored", steps)
-        ports = [each for each in service.ports if not port or (each.name, each.protocol.name.lower()) == extra_of(extra)]
+        ports = [
+            each for each in service.ports if not port or (each.name, each.protocol.name.lower()) == extra_of(extra)
+        ]
         if not ports:
             return self._none(f"Service {name} has no port {port} with {protocol}", steps)
         own = as_text((name.name, name.namespace, "svc", *self.zone))
@@ -216,7 +219,9 @@ class Records:
         asked = as_text((*extra, name.name, name.namespace, "svc", *self.zone))
         if qtype == SRV and (port or coredns):
             entries = [(each.port, own) for each in ports] if service.cluster_ips else []
-            return self._srv(asked, entries, _addresses(own, service.cluster_ips, self.rules.ttl, (A, AAAA)), name, steps)
+            return self._srv(
+                asked, entries, _addresses(own, service.cluster_ips, self.rules.ttl, (A, AAAA)), name, steps
+            )
         if port and not coredns:
             return self._empty("a port's name has SRV only", steps, name)
         return self._addressed(asked, service.cluster_ips, qtype, name, steps)
@@ -234,9 +239,13 @@ class Records:
             if endpoint in ("", each.label) and (ports or not port):
                 found.append(each._replace(ports=ports))
         if not found:
-            what = f"no ready endpoint {endpoint}" if endpoint else f"no ready endpoint{' with that port' if port else ''}"
+            what = (
+                f"no ready endpoint {endpoint}" if endpoint else f"no ready endpoint{' with that port' if port else ''}"
+            )
             return self._none(f"Service {name} has {what}", steps)
-        _tell(steps, f"ready endpoints: {len(found)}, the first is {found[0].label} at {format_address(found[0].address)}")
+        _tell(
+            steps, f"ready endpoints: {len(found)}, the first is {found[0].label} at {format_address(found[0].address)}"
+        )
         own = as_text((*extra, *base))
         if qtype == SRV and (port or coredns):
             entries = [(number, as_text((each.label, *base))) for each in found for _, _, number in each.ports]
@@ -271,9 +280,11 @@ class Records:
                 _tell(steps, "the names go round in a circle")
                 break
             seen.add(alias)
-            target = self._views.get(ObjectName(labels[-len(self.zone) - 2], labels[-len(self.zone) - 3])) if (
-                len(labels) == len(self.zone) + 3
-            ) else None
+            target = (
+                self._views.get(ObjectName(labels[-len(self.zone) - 2], labels[-len(self.zone) - 3]))
+                if (len(labels) == len(self.zone) + 3)
+                else None
+            )
             if target is not None and target.service is not None and target.service.type is ServiceType.EXTERNAL_NAME:
                 further = target.service.external_name + "."
                 answer += (RRset(alias, "CNAME", self.rules.ttl, (further,)),)
@@ -285,7 +296,9 @@ class Records:
                 continue
             found = self._inside(labels[: -len(self.zone)], qtype, steps)
             # what is not there leaves no trace to wait for: such an answer is made anew each time
-            return Found(NOERROR, self.zone, answer + found.answer, (), depends + found.depends if found.depends else ())
+            return Found(
+                NOERROR, self.zone, answer + found.answer, (), depends + found.depends if found.depends else ()
+            )
         return Found(NOERROR, self.zone, answer, (), ())
 
     def _reverse(self, labels: Labels, address: Address, qtype: int, steps: list[str] | None) -> Found | None:
@@ -387,7 +400,7 @@ def _addresses(owner: str, addresses: tuple[Address, ...], ttl: int, types: tupl
     return tuple(found)
 
 
-def _discard(index: dict[Address, tuple[object, ...]], address: Address, entry: object) -> None:
+def _discard(index: dict[Address, tuple[_Entry, ...]], address: Address, entry: _Entry) -> None:
     kept = tuple(each for each in index.get(address, ()) if each != entry)
     if kept:
         index[address] = kept

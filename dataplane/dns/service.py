@@ -6,6 +6,7 @@ The agent's thread brings changes (`update`), which stand from the moment that r
 import asyncio
 import threading
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from ..errors import DataplaneError
@@ -35,7 +36,7 @@ class NameService:
         log_queries: bool = False,
     ) -> None:
         self.answers = answers
-        self._make = lambda: DnsServer(answers, listens, log, limits, upstreams, log_queries=log_queries)
+        self._make = partial(DnsServer, answers, listens, log, limits, upstreams, log_queries=log_queries)
         self._log = log
         self._server: DnsServer | None = None
         self._trouble = ""

@@ -178,7 +178,7 @@ class BatchSocket:
         start = index * _CONTROL + 16
         if self._names[index * _NAME] == socket.AF_INET:
             self._controls[start : start + 4] = bytes(4)  # struct in_pktinfo: ifindex, spec_dst, addr
-        elif self._controls[start : start + 2] != b"\xfe\x80":  # in6_pktinfo: addr, ifindex
+        elif bytes(self._controls[start : start + 2]) != b"\xfe\x80":  # in6_pktinfo: addr, ifindex
             self._controls[start + 16 : start + 20] = bytes(4)
 
     def reply(self, letter: Letter, answer: bytes) -> None:
@@ -189,7 +189,9 @@ class BatchSocket:
         if int.from_bytes(letter.name[:2], sys.byteorder) == socket.AF_INET6:
             where = (*address, 0, int.from_bytes(letter.name[24:28], sys.byteorder))
             if letter.control:
-                info = letter.control[16:32] + (letter.control[32:36] if letter.control[16:18] == b"\xfe\x80" else bytes(4))
+                info = letter.control[16:32] + (
+                    letter.control[32:36] if letter.control[16:18] == b"\xfe\x80" else bytes(4)
+                )
                 control.append((socket.IPPROTO_IPV6, socket.IPV6_PKTINFO, info))
         elif letter.control:
             control.append((socket.IPPROTO_IP, _IP_PKTINFO, bytes(4) + letter.control[20:28]))

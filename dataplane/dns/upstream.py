@@ -112,6 +112,10 @@ class Upstreams:
 def is_answer(asked: bytes, answer: bytes, query: Query) -> bool:
     """Whether a packet answers just this question."""
     end = query.question_end
-    return len(answer) >= end and answer[:2] == asked[:2] and answer[2] & 0x80 != 0 and answer[4:6] == b"\0\1" and (
-        answer[HEADER:end] == asked[HEADER:end]
+    return (
+        len(answer) >= end
+        and answer[:2] == asked[:2]
+        and answer[2] & 0x80 != 0
+        and answer[4:6] == b"\0\1"
+        and (answer[HEADER:end] == asked[HEADER:end])
     )

@@ -7,9 +7,10 @@ client's packet.
 import struct
 
 import dns.exception
+import dns.message
 import dns.name
+import dns.rdataclass
 import dns.rdatatype
-import dns.renderer
 import dns.rrset
 
 from .names import Labels
@@ -20,7 +21,8 @@ MOST_RECORDS = 1024
 """Records of an answer: more than 64 KiB cannot hold, and nobody tries so many addresses."""
 MESSAGE = 65535
 _POINTER = 0xC000
-_ANSWER, _ADDITIONAL = 1, 3
+ROOM = 1024
+"""Bytes kept for what is put to it: OPT, and more."""
 REFRESH, RETRY, EXPIRE = 7200, 1800, 86400
 """Seconds of the SOA, as CoreDNS has them; nobody transfers this zone."""
 
@@ -32,7 +34,18 @@ class Body:
     `additionals`: records of each section. `uses`: answers made of it. `keys`: of what was prepared from it.
     """
 
-    __slots__ = ("additionals", "answer_size", "answers", "authorities", "depends", "keys", "rcode", "step", "tail", "uses")
+    __slots__ = (
+        "additionals",
+        "answer_size",
+        "answers",
+        "authorities",
+        "depends",
+        "keys",
+        "rcode",
+        "step",
+        "tail",
+        "uses",
+    )
 
     def __init__(
         self, rcode: int, tail: bytes, counts: tuple[int, int, int], answer_size: int = 0, step: int = 0
@@ -49,23 +62,22 @@ class Body:
 
 def render(labels: Labels, qtype: int, found: Found) -> Body:
     """An answer with records. The name asked for must be one of ours: its labels are written again."""
+    qname = dns.name.Name([*(label.encode("latin-1") for label in labels), b""])
     for most, extras in ((MOST_RECORDS, found.additional), (MOST_RECORDS, ()), (MOST_RECORDS // 4, ())):
-        renderer = dns.renderer.Renderer(max_size=MESSAGE - 1024)
+        message = dns.message.QueryMessage(id=0)
+        message.question.append(dns.rrset.RRset(qname, dns.rdataclass.IN, dns.rdatatype.RdataType.make(qtype)))
+        message.answer = [_rrset(rrset, most) for rrset in found.answer]
         try:
-            qname = dns.name.Name([*(label.encode("latin-1") for label in labels), b""])
-            renderer.add_question(qname, dns.rdatatype.RdataType.make(qtype))
-            start = len(renderer.get_wire())
-            for rrset in found.answer:
-                renderer.add_rrset(_ANSWER, _rrset(rrset, most))
-            answer_size = len(renderer.get_wire()) - start
-            for rrset in extras:
-                renderer.add_rrset(_ADDITIONAL, _rrset(rrset, most))
+            short = message.to_wire(max_size=MESSAGE - ROOM)
+            message.additional = [_rrset(rrset, most) for rrset in extras]
+            whole = message.to_wire(max_size=MESSAGE - ROOM) if extras else short
         except dns.exception.TooBig:
             continue
-        tail = renderer.get_wire()[start:]
-        answers, extra = renderer.counts[_ANSWER], renderer.counts[_ADDITIONAL]
+        start = HEADER + sum(len(label) + 1 for label in labels) + 5
+        _, _, _, answers, _, extra = struct.unpack_from("!HHHHHH", whole)
+        size = len(short) - start
         alike = len(found.answer) == 1 and answers > 1 and qtype in (A, AAAA)
-        return Body(found.rcode, tail, (answers, 0, extra), answer_size, answer_size // answers if alike else 0)
+        return Body(found.rcode, whole[start:], (answers, 0, extra), size, size // answers if alike else 0)
     raise AssertionError("a fourth of the records fits")
 
 
