@@ -16,7 +16,7 @@ from typing import NamedTuple
 from ..model import ObjectName, ServiceView
 from .names import Labels
 from .query import BADVERS, CD, HEADER, MOST_SIZE, RD, TC, Query, Refusal, read_query
-from .records import NOERROR, NXDOMAIN, REFUSED, SERVFAIL, SOA, Dependency, Found, Records, Rules
+from .records import NOERROR, NXDOMAIN, REFUSED, SERVFAIL, SOA, ZONE, Dependency, Found, Records, Rules
 from .wire import Body, apex, denial, render
 
 MOST_PREPARED = 1 << 16
@@ -105,7 +105,7 @@ class Answers:
     def _retire(self, body: Body) -> None:
         if body.uses:
             self.rcodes[body.rcode] = self.rcodes.get(body.rcode, 0) + body.uses
-            owner = next((one for one in body.depends if isinstance(one, ObjectName)), None)
+            owner = _service_of(body.depends)
             if owner is not None:
                 self._counted[owner] = self._counted.get(owner, 0) + body.uses
             body.uses = 0
@@ -117,7 +117,7 @@ class Answers:
             for body in self._bodies.values():
                 if body.uses:
                     rcodes[body.rcode] = rcodes.get(body.rcode, 0) + body.uses
-                    owner = next((one for one in body.depends if isinstance(one, ObjectName)), None)
+                    owner = _service_of(body.depends)
                     if owner is not None:
                         services[owner] = services.get(owner, 0) + body.uses
             return rcodes, services
@@ -243,8 +243,8 @@ class Answers:
         body.step = 0
         self.count(found.rcode)
         with self._lock:
-            owner = found.depends[0] if found.depends else None
-            if isinstance(owner, ObjectName):
+            owner = _service_of(found.depends)
+            if owner is not None:
                 self._counted[owner] = self._counted.get(owner, 0) + 1
         opt = _opt(query) if query.edns else b""
         head, tail = fitted(query, body, len(opt), query.size if udp else 65535, recursive=True)
@@ -281,6 +281,11 @@ def refusal(packet: bytes, refused: Refusal, *, truncated: bool = False) -> byte
     opt = _OPT_RECORD.pack(0, 41, MOST_SIZE, refused.rcode >> 4, 0, 0, 0) if refused.edns else b""
     counts = _COUNTS.pack(questions, 0, 0, bool(opt))
     return packet[:2] + _SHORT.pack(flags) + counts + packet[HEADER : refused.question_end] + opt
+
+
+def _service_of(depends: tuple[object, ...]) -> ObjectName | None:
+    """The Service that an answer counts for: the one that was asked for."""
+    return next((one for one in depends if isinstance(one, ObjectName) and one != ZONE), None)
 
 
 def _opt(query: Query) -> bytes:

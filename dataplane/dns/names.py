@@ -1,7 +1,6 @@
 """Domain names as labels: out of a packet, out of text, and those that stand for addresses. Pure."""
 
 import re
-import socket
 from collections.abc import Sequence
 
 from ..model import Address, format_address
@@ -59,11 +58,9 @@ def reverse_address(labels: Labels) -> Address | None:
     """The address that a whole reverse name stands for."""
     digits = labels[:-2]
     if labels[-2:] == _V4 and len(digits) == 4:
-        try:
-            packed = socket.inet_aton(".".join(reversed(digits)))
-        except OSError:
-            return None
-        return Address(packed) if tuple(map(str, reversed(packed))) == digits else None
+        octets = [int(one) for one in reversed(digits) if one.isascii() and one.isdigit() and len(one) <= 3]
+        if len(octets) == 4 and max(octets) <= 255 and tuple(map(str, reversed(octets))) == digits:
+            return Address(bytes(octets))
     if labels[-2:] == _V6 and len(digits) == 32 and all(len(one) == 1 and one in "0123456789abcdef" for one in digits):
         return Address(bytes.fromhex("".join(reversed(digits))))
     return None

@@ -30,6 +30,8 @@ ANY_TTL = 3600
 _Entry = TypeVar("_Entry")
 Dependency = ObjectName | Address
 """What an answer was made from: a Service by name, or whoever has an address."""
+ZONE = ObjectName("", "")
+"""The server itself, which does not change."""
 
 
 class Rules(Struct, frozen=True):
@@ -272,34 +274,26 @@ class Records:
         labels = tuple(alias[:-1].split("."))
         if qtype in (CNAME, ANY):
             return Found(NOERROR, self.zone, answer, (), depends)
-        if labels[-len(self.zone) :] != self.zone:
-            return Found(NOERROR, self.zone, answer, (), depends, alias)
-        seen = {owner}
-        for _ in range(ALIASES - 1):  # each step of the way by the same rules, so a loop of names is no loop of ours
-            if alias in seen:
+        depth = len(self.zone)
+        for _ in range(ALIASES - 1):
+            if labels[-depth:] != self.zone:
+                return Found(NOERROR, self.zone, answer, (), depends, alias)
+            inside = labels[:-depth]
+            if any(rrset.name == alias for rrset in answer):
                 _tell(steps, "the names go round in a circle")
                 break
-            seen.add(alias)
-            target = (
-                self._views.get(ObjectName(labels[-len(self.zone) - 2], labels[-len(self.zone) - 3]))
-                if (len(labels) == len(self.zone) + 3)
-                else None
-            )
-            if target is not None and target.service is not None and target.service.type is ServiceType.EXTERNAL_NAME:
-                further = target.service.external_name + "."
-                answer += (RRset(alias, "CNAME", self.rules.ttl, (further,)),)
-                depends += (target.service.name,)
-                _tell(steps, f"Service {target.service.name} is another name for {further}")
-                alias, labels = further, tuple(further[:-1].split("."))
-                if labels[-len(self.zone) :] != self.zone:
-                    return Found(NOERROR, self.zone, answer, (), depends, alias)
-                continue
-            found = self._inside(labels[: -len(self.zone)], qtype, steps)
-            # what is not there leaves no trace to wait for: such an answer is made anew each time
-            return Found(
-                NOERROR, self.zone, answer + found.answer, (), depends + found.depends if found.depends else ()
-            )
-        return Found(NOERROR, self.zone, answer, (), ())
+            if len(inside) >= 3:  # also when it is not there: the answer is another when it comes
+                depends += (ObjectName(inside[-2], inside[-3]),)
+            view = self._views.get(ObjectName(inside[1], inside[0])) if len(inside) == 3 else None
+            target = view.service if view is not None and inside[2] == "svc" else None
+            if target is None or target.type is not ServiceType.EXTERNAL_NAME:
+                answer += self._inside(inside, qtype, steps).answer
+                break
+            further = target.external_name + "."
+            answer += (RRset(alias, "CNAME", self.rules.ttl, (further,)),)
+            _tell(steps, f"Service {target.name} is another name for {further}")
+            alias, labels = further, tuple(further[:-1].split("."))
+        return Found(NOERROR, self.zone, answer, (), depends)
 
     def _reverse(self, labels: Labels, address: Address, qtype: int, steps: list[str] | None) -> Found | None:
         owners = self._vips.get(address, ())
@@ -324,7 +318,7 @@ class Records:
     # ----------------------------------------------------------------------------------------------------- outcomes
 
     def _some(self, answer: tuple[RRset, ...], additional: tuple[RRset, ...] = ()) -> Found:
-        return Found(NOERROR, self.zone, answer, additional)
+        return Found(NOERROR, self.zone, answer, additional, (ZONE,))
 
     def _none(self, why: str, steps: list[str] | None) -> Found:
         _tell(steps, f"{why}: NXDOMAIN")
