@@ -17,6 +17,7 @@ from . import (
     iptables_programming,
     kinds,
     looking,
+    names,
     nft_programming,
     probe,
     programming,
@@ -280,6 +281,19 @@ def measure_top(settings: Settings, records: Records) -> None:
                 records.add(Key("top", size, "", part), value)
 
 
+def measure_dns(settings: Settings, records: Records) -> None:
+    """Answers to names of Services."""
+    for size in settings.sizes:
+        say(f"dns: {size} Services")
+        try:
+            found = names.run(size, 5 * settings.seconds)
+        except RunFailed as error:
+            records.fail(f"dns, {size}: {error}")
+            continue
+        for part, (values, unit) in found.items():
+            records.add_all(Key("dns", size, part, "dataplane"), values, unit)
+
+
 _QUADRATIC = 3000
 """Services beyond which the tool takes minutes for one section."""
 
@@ -313,6 +327,7 @@ CASES: dict[str, Callable[[Settings, Records], None]] = {
     "kinds": measure_kinds,
     "probe": measure_probe,
     "top": measure_top,
+    "dns": measure_dns,
 }
 CASES |= {name: _more(name) for name in MORE_CASES}
 COMPARISON = tuple(MORE_CASES)

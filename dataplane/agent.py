@@ -18,7 +18,7 @@ import signal
 import socket
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from msgspec import Struct
@@ -178,6 +178,28 @@ class Web(Protocol):
         """End it."""
 
 
+class Names(Protocol):
+    """What the agent needs of a `dns.service.NameService`: what answers for the names of Services."""
+
+    def start(self) -> None:
+        """Listen; what is asked before the first update is told to come again."""
+
+    def update(self, update: Update) -> None:
+        """Names are so when this returns."""
+
+    def close(self) -> None:
+        """End it."""
+
+    def status(self) -> dict[str, Any]:
+        """For `dataplane status`."""
+
+    def service_counts(self) -> Mapping[ObjectName, int]:
+        """Answers for each Service so far."""
+
+    def explain(self, name: str, qtype: str, namespace: str) -> dict[str, Any]:
+        """How an answer comes about; ValueError for what cannot be asked."""
+
+
 class Log(Protocol):
     """What the agent needs of a structlog logger."""
 
@@ -204,6 +226,7 @@ class Agent:
         healthz: Listen | None = None,
         cluster: Cluster | None = None,
         events: Events = NoEvents(),  # noqa: B008 (has no state)
+        names: Names | None = None,
     ) -> None:
         self._reconciler = reconciler
         self._manager = manager
@@ -229,7 +252,9 @@ class Agent:
         self._health = HealthResponder(log, self._is_healthy, self._port_not_served)
         self._looks = reconciler.audience = Looks(reconciler.backend, self._clocks, lambda: reconciler.held.servers)
         self._prober = Prober(self._looks, lambda: reconciler.held.servers, log, start_probe)
-        self._control = ControlServer({"status": self._tell_status, "look": self._tell_look})
+        self._names = names
+        told = {"status": self._tell_status, "look": self._tell_look, "names": self._tell_names}
+        self._control = ControlServer(told, {"name": self._tell_name})
         self._figures = Figures()
         self._healthz = healthz and HealthzServer(
             healthz, log, self.proxy_health, self._figures.checked, self._healthz_not_served
@@ -265,6 +290,8 @@ class Agent:
             if self._healthz is not None:
                 self._healthz.start()
             self._events.tell("Starting", "StartKubeProxy")
+            if self._names is not None:
+                self._names.start()
             reader = None
             self._manager.waiting("waiting for the source")
             try:
@@ -287,6 +314,8 @@ class Agent:
                 self._manager.stopping()
                 if self._web is not None:
                     self._web.close()
+                if self._names is not None:
+                    self._names.close()
                 if reader is not None:
                     reader.cancel()
                     with contextlib.suppress(asyncio.CancelledError, Exception):
@@ -323,6 +352,8 @@ class Agent:
             self._renew(self._node.options())
         update = self._source.read()
         reconciler.take(update)
+        if self._names is not None:
+            self._names.update(update)
         self._tell_problems()
         for lack in reconciler.backend.prepare(self._switch.look()):
             self._log.warning("not as wanted", lack=lack)
@@ -407,6 +438,8 @@ class Agent:
             self._figures.changed_services += len(update.changed)
             touched |= self._reconciler.take(update)
             self._triggers.extend(update.triggers)
+            if self._names is not None:
+                self._names.update(update)
         self._tell_problems()
         if self._reconciler.unexplained and not self._source.problems:
             self._reconciler.keep_unexplained(input_is_whole=True)
@@ -622,6 +655,7 @@ class Agent:
             "hits": str(self._looks.counts),
             "conntrack": {"deleted": self._figures.conntrack_deleted, "lastError": self._flows_error},
             "figures": self._figures.to_builtins(),
+            "dns": self._names.status() if self._names is not None else None,
         }
 
     def _tell_status(self) -> bytes:
@@ -632,6 +666,20 @@ class Agent:
         if len(answer) > BIG:
             asyncio.get_running_loop().call_later(BIG_SECONDS, give_memory_back)
         return answer
+
+    def _tell_names(self) -> bytes:
+        """Answers for each Service by name, for metrics."""
+        counts = self._names.service_counts() if self._names is not None else {}
+        return json.dumps({str(name): count for name, count in counts.items()}).encode()
+
+    def _tell_name(self, question: Mapping[str, Any]) -> bytes:
+        if self._names is None:
+            raise DataplaneError("it answers no names: start it with --dns ADDRESS:PORT, or name manifests with -f")
+        name, qtype, namespace = (str(question.get(each, "")) for each in ("name", "type", "namespace"))
+        try:
+            return json.dumps(self._names.explain(name, qtype, namespace or "default")).encode()
+        except ValueError as error:
+            raise DataplaneError(str(error)) from None
 
     def _clocks(self) -> dict[DrainKey, float]:
         now = time.monotonic()

@@ -21,8 +21,10 @@ from msgspec import Meta, Struct
 from . import kube_proxy_configuration as kube_proxy
 from .backend import MODES, PLANNED, Options
 from .desired import DEFAULT_DRAIN_SECONDS, Rules
+from .dns.names import parse_domain
+from .dns.records import Rules as DnsRules
 from .errors import InputError, UsageError
-from .model import Address, Problem, parse_address, parse_network
+from .model import Address, Problem, format_address, parse_address, parse_network
 from .printable import printable, shown
 from .tcp_listener import Listen, parse_listen
 
@@ -61,7 +63,9 @@ _NAMES = {
     "node_ips": "nodeIPs",
     "node_cidr": "nodeCIDR",
     "external_ip_ranges": "externalIPRanges",
+    "dns_ttl": "dnsTTL",
 }
+DNS_PORT = 53
 
 
 def _field_name(name: str) -> str:
@@ -165,6 +169,29 @@ class Configuration(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         int,
         Meta(ge=0, le=10_000_000, description="Metrics of Services and backends; beyond, backends are left out."),
     ] = 100_000
+    dns_listen: Annotated[
+        tuple[str, ...],
+        Meta(description="ADDRESS:PORT, each, where names of Services are answered; by default nowhere."),
+    ] = ()
+    cluster_domain: Annotated[
+        str, Meta(max_length=180, description="The zone of these names, as the kubelet's clusterDomain.")
+    ] = "cluster.local"
+    dns_ttl: Annotated[int, Meta(ge=0, le=3600, description="Seconds for which an answer may be kept.")] = 5
+    dns_answers: Annotated[
+        Literal["coredns", "specification"],
+        Meta(description="Whose way, where CoreDNS and the Kubernetes DNS specification differ."),
+    ] = "coredns"
+    dns_ignore_empty: Annotated[
+        bool, Meta(description="Services without a ready endpoint have no name (CoreDNS: ignore empty_service).")
+    ] = False
+    dns_upstreams: Annotated[
+        tuple[str, ...],
+        Meta(description="ADDRESS or ADDRESS:PORT of servers for all other names; by default these are refused."),
+    ] = ()
+    dns_rate_limit: Annotated[
+        int, Meta(ge=0, le=10_000_000, description="Answers a second for one client over UDP; 0: any number.")
+    ] = 20_000
+    dns_log_queries: Annotated[bool, Meta(description="A line of the log for each answer.")] = False
     log_format: Annotated[
         Literal["auto", "human", "json"], Meta(description="auto: human on a terminal, else JSON lines.")
     ] = "auto"
@@ -195,6 +222,17 @@ class Configuration(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
             timeouts=(timeouts.tcp, timeouts.tcp_fin, timeouts.udp),
             iptables_compat=self.iptables_compat,
             iptables_tool="" if self.iptables_tool == "auto" else self.iptables_tool,
+        )
+
+    def dns_rules(self) -> DnsRules:
+        """The part that says which names there are."""
+        hosts = [parse_address(parse_listen(each).host) for each in self.dns_listen]
+        return DnsRules(
+            domain=".".join(parse_domain(self.cluster_domain)),
+            ttl=self.dns_ttl,
+            coredns=self.dns_answers == "coredns",
+            ignore_empty=self.dns_ignore_empty,
+            addresses=tuple(dict.fromkeys(each for each in hosts if any(each))),
         )
 
     def rules(self, node_addresses: tuple[Address, ...] = ()) -> Rules:
@@ -343,6 +381,14 @@ def metrics_listen(text: str) -> Listen | None:
     return parse_listen(text) if text else None
 
 
+def dns_server(text: str) -> Listen:
+    """ADDRESS or ADDRESS:PORT of a name server; ValueError for what is neither."""
+    try:
+        return parse_listen(text)
+    except ValueError:
+        return Listen(format_address(parse_address(text)), DNS_PORT)
+
+
 def _node_port_range(text: str) -> object:
     return text if text == PRIMARY else parse_network(text)
 
@@ -353,6 +399,8 @@ ADDRESS_FIELDS: dict[str, Callable[[str], object]] = {
     "external_ip_ranges": parse_network,
     "node_port_addresses": _node_port_range,
     "node_ips": parse_address,
+    "dns_listen": parse_listen,
+    "dns_upstreams": dns_server,
 }
 """Fields that hold addresses, and how one is read."""
 
@@ -385,6 +433,10 @@ def _convert(given: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[str, str
             metrics_listen("" if text == AUTO else text)
         except ValueError as error:
             faults.append((_field_name(name), printable(str(error))))
+    try:
+        parse_domain(values.get("cluster_domain", "cluster.local"))
+    except ValueError as error:
+        faults.append(("clusterDomain", printable(str(error))))
     return values, faults
 
 

@@ -9,6 +9,9 @@ import socket
 import stat
 import struct
 from collections.abc import Callable, Mapping
+from functools import partial
+from types import MappingProxyType
+from typing import Any
 
 from .control_socket import TIMEOUT, socket_path
 from .errors import DataplaneError
@@ -21,13 +24,16 @@ _UCRED = struct.Struct("iII")
 
 Answers = Mapping[str, Callable[[], bytes]]
 """What can be asked, and how it is answered: JSON in one line."""
+AnswersAbout = Mapping[str, Callable[[Mapping[str, Any]], bytes]]
+"""The same of questions that say more: the whole question is passed on."""
 
 
 class ControlServer:
     """Answers questions until closed. To be made by the one agent of a network namespace, who holds its lock."""
 
-    def __init__(self, answers: Answers) -> None:
+    def __init__(self, answers: Answers, about: AnswersAbout = MappingProxyType({})) -> None:
         self._answers = answers
+        self._about = about
         self._path = socket_path()
         self._server: asyncio.Server | None = None
         self._clients: set[asyncio.StreamWriter] = set()
@@ -90,9 +96,11 @@ class ControlServer:
         try:
             question = json.loads(line)
             asked = question["ask"]
-            answer = self._answers[asked]
+            about = self._about.get(asked)
+            answer = self._answers[asked] if about is None else partial(about, question)
         except (ValueError, LookupError, TypeError):
-            return json.dumps({"error": f"no such question; there are {', '.join(self._answers)}"}).encode()
+            known = ", ".join((*self._answers, *self._about))
+            return json.dumps({"error": f"no such question; there are {known}"}).encode()
         try:
             return answer()
         except (DataplaneError, OSError) as error:

@@ -55,10 +55,13 @@ class ControlClient:
         """Hang up."""
         self._socket.close()
 
-    def ask(self, question: str) -> bytes:
-        """The agent's answer as JSON. AgentUnreachable: it hung up, was silent too long, or could not say."""
+    def ask(self, question: str, **about: str) -> bytes:
+        """The agent's answer as JSON. `about`: what else the question says.
+
+        AgentUnreachable: it hung up, was silent too long, or could not say.
+        """
         try:
-            self._socket.sendall(json.dumps({"ask": question}).encode() + b"\n")
+            self._socket.sendall(json.dumps({**about, "ask": question}).encode() + b"\n")
             chunks: list[bytes] = []
             while not chunks or not chunks[-1].endswith(b"\n"):
                 chunk = self._socket.recv(1 << 20)

@@ -22,9 +22,9 @@ TABLE = """
 4   backend netlink_node netlink_delivery nft_layout ipvsadm_text ipvs_proc_text netlink_nftables manifest_content
 4   iptables_reading iptables_script iptables_path nft_trace kube_store kube_place
 3   ipvs_messages nftables_messages nft_clients netlink_route iptables_chains iptables_save
-3  kubernetes_objects kubernetes_nodes manifest_text sightings kube_events kube_proxy_configuration
+3   kubernetes_objects kubernetes_nodes manifest_text sightings kube_events kube_proxy_configuration
 2   desired plan drain counters control_server staleness procfs_sockets netlink_socket iptables_text
-2   kubernetes_reading kubernetes_wire kubernetes_fields bpf walk procfs_recent figures kube_transport
+2   kubernetes_reading kubernetes_wire kubernetes_fields bpf walk procfs_recent figures kube_transport dns
 1   model nlattr run_tool journal safe_yaml control_socket tcp_listener systemd_notify
 0   errors printable procfs_sysctl stable_file directory_watch libc_malloc
 """

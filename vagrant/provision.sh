@@ -16,7 +16,7 @@ BASE_PACKAGES=(
   nftables iptables ipvsadm ipset conntrack iproute2 iputils-ping kmod procps mount strace
   curl ca-certificates git make
 )
-TEST_PACKAGES=(chromium fonts-dejavu-core)
+TEST_PACKAGES=(chromium fonts-dejavu-core bind9-dnsutils)
 MODULES=(
   ip_vs ip_vs_rr ip_vs_wrr ip_vs_lc ip_vs_wlc ip_vs_sh ip_vs_mh ip_vs_sed ip_vs_nq ip_vs_dh
   ip_vs_lblc ip_vs_lblcr ip_vs_fo ip_vs_ovf ip_vs_twos dummy nf_conntrack

@@ -22,6 +22,7 @@ COMMANDS = {
     "show": "looking",
     "counters": "looking",
     "web": "serving",
+    "dns": "naming",
     "top": "top",
     "status": "looking",
     "explain": "explaining",

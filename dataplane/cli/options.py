@@ -85,6 +85,16 @@ def metrics_address(_ctx: click.Context, _: click.Parameter, value: str | None) 
     return value
 
 
+def _domain(_ctx: click.Context, _: click.Parameter, value: str | None) -> str | None:
+    from ..dns.names import parse_domain
+
+    try:
+        parse_domain(value or "cluster.local")
+    except ValueError as error:
+        raise click.BadParameter(printable(str(error))) from None
+    return value
+
+
 def _timeouts(_ctx: click.Context, _: click.Parameter, value: str | None) -> object:
     from ..configuration import DAY, IpvsTimeouts
 
@@ -109,6 +119,14 @@ def output_option(*formats: str) -> Callable[[Function], Function]:
     )
 
 
+verbose_option = click.option(
+    "-v",
+    "--verbose",
+    is_flag=True,
+    expose_value=False,
+    callback=_verbose,
+    help="Tracebacks of unexpected errors; run: debug log lines.",
+)
 common_options = together(
     click.option(
         "--mode",
@@ -124,14 +142,7 @@ common_options = together(
         metavar="FILE",
         help="AgentConfiguration, KubeProxyConfiguration, or both as two documents; options here win over it.",
     ),
-    click.option(
-        "-v",
-        "--verbose",
-        is_flag=True,
-        expose_value=False,
-        callback=_verbose,
-        help="Tracebacks of unexpected errors; run: debug log lines.",
-    ),
+    verbose_option,
 )
 source_options = together(
     click.option(
@@ -217,6 +228,44 @@ kernel_options = together(
         help="Back end of iptables; default auto, the one the host has chosen.",
     ),
 )
+
+zone_options = together(
+    click.option(
+        "--cluster-domain", metavar="NAME", callback=_domain, help="Zone of Services' names; default cluster.local."
+    ),
+    click.option("--dns-ttl", type=click.IntRange(0, 3600), help="Seconds an answer may be kept; default 5."),
+    click.option(
+        "--dns-answers",
+        type=click.Choice(("coredns", "specification")),
+        help="Whose way, where the two differ; default coredns.",
+    ),
+    click.option(
+        "--dns-ignore-empty", is_flag=True, default=None, help="Services without a ready endpoint have no name."
+    ),
+)
+answering_options = together(
+    click.option(
+        "--dns-upstream",
+        "dns_upstreams",
+        multiple=True,
+        metavar="ADDRESS[:PORT]",
+        callback=_each_of("dns_upstreams"),
+        help="Server for all other names; repeatable; default: these are refused.",
+    ),
+    click.option(
+        "--dns-rate-limit",
+        type=click.IntRange(0, 10_000_000),
+        help="Answers a second for one client over UDP, 0 for any number; default 20000.",
+    ),
+    click.option("--log-queries", "dns_log_queries", is_flag=True, default=None, help="Log every answer."),
+)
+
+
+def dns_listen_option(name: str, text: str) -> Callable[[Function], Function]:
+    """Where names are answered."""
+    return click.option(
+        name, "dns_listen", multiple=True, metavar="ADDRESS:PORT", callback=_each_of("dns_listen"), help=text
+    )
 
 
 def settle(config_file: str | None, given: dict[str, Any]) -> "Configuration":

@@ -15,8 +15,10 @@ from .options import (
     FAILED,
     VERBOSE,
     SettledNode,
+    answering_options,
     colours,
     common_options,
+    dns_listen_option,
     emit,
     kernel_options,
     make_reconciler,
@@ -32,11 +34,13 @@ from .options import (
     settle,
     settle_and_tell,
     source_options,
+    zone_options,
 )
 
 if TYPE_CHECKING:
     from ..agent import Log
     from ..configuration import Configuration
+    from ..dns.service import NameService
     from ..model import Update, VirtualAddress
     from ..reconciler import Reconciler
 
@@ -88,6 +92,9 @@ if TYPE_CHECKING:
     "--init-only", is_flag=True, help="Only do what needs most privileges (sysctls, modules, fixed parts), and end."
 )
 @kube_proxy_flags
+@dns_listen_option("--dns", "Answer names of Services here, over UDP and TCP; repeatable; default: nowhere.")
+@zone_options
+@answering_options
 @click.pass_context
 def run(ctx: click.Context, /, config_file: str | None, init_only: bool, **given: Any) -> None:
     """\b
@@ -143,6 +150,7 @@ def run(ctx: click.Context, /, config_file: str | None, init_only: bool, **given
                     healthz=settings.healthz(),
                     cluster=cluster,
                     events=events or NoEvents(),
+                    names=_open_names(settings, log),
                 )
                 asyncio.run(agent.run())
         finally:
@@ -167,6 +175,27 @@ def _prepare_only(settings: "Configuration", log: "Log") -> None:
     finally:
         backend.close()
     log.info("prepared", mode=backend.mode)
+
+
+def _open_names(settings: "Configuration", log: Any) -> "NameService | None":
+    """What answers names beside the agent; None when the settings name no place for it."""
+    if not settings.dns_listen:
+        return None
+    from ..configuration import dns_server
+    from ..dns.answers import Answers
+    from ..dns.server import Limits
+    from ..dns.service import NameService
+    from ..tcp_listener import parse_listen
+
+    answers = Answers(settings.dns_rules(), recursive=bool(settings.dns_upstreams))
+    return NameService(
+        answers,
+        list(map(parse_listen, settings.dns_listen)),
+        log,
+        Limits(rate=settings.dns_rate_limit),
+        list(map(dns_server, settings.dns_upstreams)),
+        log_queries=settings.dns_log_queries,
+    )
 
 
 def _keeps(update: "Update", reconciler: "Reconciler", settings: "Configuration") -> "set[VirtualAddress] | None":
