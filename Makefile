@@ -27,9 +27,11 @@ world: setup ## a shell among the demo's machines, to walk the guided tour (docs
 tour: setup ## run the commands of docs/tour.md again, and write their output into it where it differs
 	@$(ROOT) $(PYTHON) -m tests.tour
 
-test: setup ## every test, a missing kernel feature being a failure (ARGS=... for pytest)
+# KERNEL: a version that is installed, or a folder from vagrant/kernel.sh; the ipvs tests then run in the micro-VM anyway
+test: setup ## every test, a missing kernel feature being a failure (ARGS=... for pytest, KERNEL=... for the micro-VM)
 	@vagrant/provision.sh --no-venv --tests
-	@$(ROOT) env DATAPLANE_REQUIRE_KERNEL=1 $(PYTHON) -m pytest $(ARGS)
+	@$(ROOT) env DATAPLANE_REQUIRE_KERNEL=1 $(if $(KERNEL),DATAPLANE_VM_FORCE=1 DATAPLANE_VM_KERNEL=$(KERNEL)) \
+		$(PYTHON) -m pytest $(ARGS)
 
 check: setup ## what needs neither root nor a special kernel: lint, types, fast tests
 	@.venv/bin/ruff check .
@@ -55,6 +57,9 @@ docs: setup ## docs/reference.md from --help, and the documentation as a site in
 release-check: setup ## build wheel, sdist and bill of materials into dist/, twice, and try the wheel
 	@$(PYTHON) -m release.build dist
 	@$(PYTHON) -m pytest -q tests/test_release.py
+
+vagrant-check: ## a real `vagrant up` under emulation, with a box built here (minutes; Debian 12, root)
+	@$(ROOT) vagrant/check.sh
 
 lock: ## resolve requirements.lock again (needs uv)
 	@uv pip compile -q --universal --generate-hashes --python-version 3.11 --extra dev --extra bench --extra docs --upgrade \
