@@ -70,7 +70,11 @@ def _shell(stage: Stage, bin_folder: Path, variables: Mapping[str, str]) -> int:
         text=True,
     )
     with ended(process):
-        return process.wait()
+        try:
+            return process.wait()
+        except BaseException:
+            process.send_signal(signal.SIGHUP)  # a shell on a terminal does not end by SIGTERM
+            raise
 
 
 def _end_programs(stage: Stage) -> None:
