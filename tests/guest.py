@@ -10,6 +10,7 @@ DATAPLANE_REQUIRE_KERNEL=1  a skip of a test marked `root` or `ipvs` is a failur
 DATAPLANE_VM_FORCE=1        use the micro-VM although this kernel would do
 DATAPLANE_VM_CPUS=2         processors of the micro-VM
 DATAPLANE_VM_SECONDS=3600   its time limit
+DATAPLANE_VM_KERNEL         its kernel: what vagrant/microvm.sh -k takes (default: the newest that is installed)
 DATAPLANE_VM_SCRIPT         another script in place of vagrant/microvm.sh (for the tests of this file)
 """
 
@@ -35,6 +36,7 @@ IN_GUEST = "DATAPLANE_GUEST_EXCHANGE" in os.environ  # set for the pytest that w
 REQUIRED = os.environ.get("DATAPLANE_REQUIRE_KERNEL") == "1"
 IS_ROOT = os.geteuid() == 0
 TAIL_LINES = 70
+KERNEL_OPTION = ["-k", os.environ["DATAPLANE_VM_KERNEL"]] if os.environ.get("DATAPLANE_VM_KERNEL") else []
 
 
 @functools.cache
@@ -89,6 +91,7 @@ class Guest:
                     *(MICROVM, "-o", str(self.folder), "-m", "4096"),
                     *("-c", os.environ.get("DATAPLANE_VM_CPUS", "2")),
                     *("-t", os.environ.get("DATAPLANE_VM_SECONDS", "3600")),
+                    *KERNEL_OPTION,
                     *("--", sys.executable, "-m", "pytest", *pytest_arguments),
                 ],
                 cwd=config.rootpath,
@@ -235,7 +238,7 @@ def pytest_report_header() -> str:
     elif has_ipvs():
         where = f"this kernel ({platform.release()})"
     else:
-        version = subprocess.run([MICROVM, "-V"], capture_output=True, text=True, check=False)
+        version = subprocess.run([MICROVM, *KERNEL_OPTION, "-V"], capture_output=True, text=True, check=False)
         where = f"the micro-VM ({(version.stdout or version.stderr).strip()})"
     return f"ipvs tests run on: {where}"
 

@@ -12,8 +12,10 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from dataplane import demo
+from dataplane.cli import cli
 from dataplane.demo import stage as stage_module
 from dataplane.demo.ipvs_act import real_lines
 from dataplane.demo.other_acts import CHAIN, iptables
@@ -185,8 +187,16 @@ def test_a_program_that_is_missing_is_named_with_its_package(monkeypatch: pytest
 
 def test_who_is_not_root_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.geteuid", lambda: 1000)
-    with pytest.raises(NotRoot, match="needs root"):
-        demo.run_demo()
+    for start in (demo.run_demo, demo.open_shell):
+        with pytest.raises(NotRoot, match="needs root"):
+            start()
+
+
+@pytest.mark.parametrize("other", ["--pause", "--keep"])
+def test_a_shell_is_no_demo(other: str) -> None:
+    told = CliRunner().invoke(cli, ["demo", "--shell", other])
+    assert told.exit_code == 2
+    assert "--shell plays no demo" in told.stderr
 
 
 def test_a_claim_that_does_not_hold_ends_the_demo() -> None:

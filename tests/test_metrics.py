@@ -222,8 +222,8 @@ def test_promtool_accepts_the_rules() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_the_readme_names_every_metric() -> None:
-    readme = (ROOT / "README.md").read_text()
+def test_the_documentation_names_every_metric() -> None:
+    readme = (ROOT / "docs" / "watching.md").read_text()
     named = set(re.findall(r"`((?:dataplane|kubeproxy)_[a-z_]+)`", readme))
     named |= {f"dataplane_virtual_servers{suffix}" for suffix in re.findall(r"`(_[a-z_]+)`", readme)}
     families = {re.sub(r"_(bucket|count|sum)$", "", name) for name in EVERYTHING}

@@ -1,5 +1,6 @@
-"""What README.md promises exists: commands, options, exit statuses, settings, annotations, make targets, examples."""
+"""What README.md and docs/ promise exists: commands, options, statuses, settings, annotations, targets, examples."""
 
+import ast
 import re
 import shlex
 from collections.abc import Iterator
@@ -23,7 +24,9 @@ from dataplane.procfs_sysctl import IPVS_SYSCTLS, STRICT_ARP_SYSCTLS
 from dataplane.run_tool import PACKAGES
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text()
+DOCS = sorted(path for path in (ROOT / "docs").glob("*.md") if not path.name.startswith(("tour", "reference")))
+README = "\n".join(path.read_text() for path in (ROOT / "README.md", *DOCS))
+"""What a person reads: the README and the pages behind it; the tour and the reference have tests of their own."""
 MAKEFILE = (ROOT / "Makefile").read_text()
 EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
 CONTEXT = click.Context(cli)
@@ -83,7 +86,7 @@ def test_every_command_is_in_the_table() -> None:
 
 def test_every_option_named_anywhere_exists() -> None:
     known = set[str]().union(*(options_of(command) for command in COMMANDS.values()))
-    foreign = {"--version"}  # nft's
+    foreign = {"--version", "--system-site-packages", "--require-hashes", "--no-deps"}  # of nft, venv and pip
     named = {option for line in code() for option in re.findall(r"(?<![\w-])--[a-z][a-z-]+", line)}
     assert named - foreign <= known
 
@@ -126,10 +129,10 @@ def test_make_targets_exist() -> None:
         target
         for text in (README, (ROOT / "CONTRIBUTING.md").read_text())
         for line in code(text)
-        for target in re.findall(r"^make (?:-C \S+ )?([a-z]+)", line.strip())
+        for target in re.findall(r"^make (?:-C \S+ )?([a-z-]+)", line.strip())
     }
     assert {"demo", "check", "test", "setup", "vm"} <= named
-    assert named <= set(re.findall(r"^([a-z]+):", MAKEFILE, re.MULTILINE))
+    assert named <= set(re.findall(r"^([a-z-]+):", MAKEFILE, re.MULTILINE))
 
 
 def test_contributings_command_lines_exist() -> None:
@@ -138,11 +141,13 @@ def test_contributings_command_lines_exist() -> None:
 
 
 def test_files_that_are_linked_or_named_exist() -> None:
-    for text in (README, (ROOT / "CONTRIBUTING.md").read_text(), (ROOT / "CHANGELOG.md").read_text()):
-        for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
-            assert (ROOT / target).exists(), target
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")):
+        for target in re.findall(r"\]\((?!http)([^)#]+)\)", path.read_text()):
+            assert (path.parent / target).exists(), f"{path.name}: {target}"
     for name in re.findall(r"`(\w+\.(?:py|nft))`", (ROOT / "CONTRIBUTING.md").read_text()):
         assert name == "mechanism_subject.py" or list((ROOT / "dataplane").rglob(name)), name
+    for name in re.findall(r"`((?:examples|deploy|bench|vagrant)/[\w./-]+)`", README):
+        assert (ROOT / name).exists(), name
 
 
 def test_the_modes_are_told_as_they_are() -> None:
@@ -166,12 +171,43 @@ def test_messages_under_troubleshooting_are_the_programs(tmp_path: Path, words: 
     assert told in result.output
 
 
+def texts_of_the_program() -> str:
+    """Every string of the source, and the scripts."""
+    texts = [path.read_text() for path in (ROOT / "vagrant").glob("*.sh")]
+    for path in (ROOT / "dataplane").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.append(node.value)
+    return "\n".join(texts)
+
+
+FOREIGN_TEXTS = {"127.0.0.1:10249: address already in use"}  # the system's own words
+PLAYED_TEXTS = {'bad.yaml:5: Service default/web: spec.clusterIP: "127.0.0.1" is a loopback address'}  # the test above
+
+
+def test_literal_texts_under_troubleshooting_stand_in_the_source() -> None:
+    told = set[str]()
+    for path in (ROOT / "README.md", ROOT / "docs" / "troubleshooting.md"):
+        told |= set(re.findall(r"^- \*\*`([^`]+)`\*\*", path.read_text(), re.MULTILINE))
+    assert len(told) >= 15
+    source = texts_of_the_program()
+    for text in told - FOREIGN_TEXTS - PLAYED_TEXTS:
+        for piece in re.sub("^microvm: ", "", text).split("…"):
+            assert piece.strip() in source, text
+
+
 def test_the_tools_of_the_requirements_are_called() -> None:
     assert {"nft", "modprobe"} <= PACKAGES.keys()
 
 
 def test_there_are_no_paths_of_one_machine() -> None:
-    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *EXAMPLES):
+    for path in (
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        ROOT / "CHANGELOG.md",
+        *(ROOT / "docs").glob("*.md"),
+        *EXAMPLES,
+    ):
         assert not re.search(r"(?<![\w.])/(work|home|root)/", path.read_text()), path
 
 

@@ -3,7 +3,8 @@
 # Runs COMMAND as root under a stock distribution kernel: for machines whose own kernel has no IPVS or dummy devices.
 # It is QEMU without acceleration, and its root is this machine's own root, read-only, with writes kept in memory: the
 # clone and its .venv are at the same path, and the working directory stays the same. A boot takes about four seconds.
-#   -k KVER     kernel version (default: the newest that is in /boot and in /lib/modules)
+#   -k KVER     kernel version (default: the newest that is in /boot and in /lib/modules), or a folder with boot/ and
+#               lib/modules/ of one that is not installed (see kernel.sh)
 #   -o OUTDIR   a folder that is shared with the guest for reading and writing
 #   -m -c -t    memory (2048 MiB), processors (1), time limit (300 seconds; none with -i; 0: none)
 #   -n          a user-mode network as eth0; this machine's loopback is 10.0.2.2
@@ -40,7 +41,13 @@ if [ -z "$kernel" ]; then
     if [ -e "$image" ] && [ -d "/lib/modules/${image#/boot/vmlinuz-}/kernel" ]; then kernel=${image#/boot/vmlinuz-}; fi
   done
 fi
-[ -n "$kernel" ] && [ -e "/boot/vmlinuz-$kernel" ] || die "no kernel to boot is installed: run make setup"
+kernel_root=
+if [ -d "$kernel" ]; then
+  kernel_root=$(realpath "$kernel")
+  image=$(printf '%s\n' "$kernel_root"/boot/vmlinuz-* | sort -V | tail -n 1)
+  kernel=${image##*/vmlinuz-}
+fi
+[ -n "$kernel" ] && [ -e "$kernel_root/boot/vmlinuz-$kernel" ] || die "no kernel to boot is installed: run make setup"
 if [ -n "$show_version" ]; then echo "$kernel"; exit; fi
 for tool in qemu-system-x86_64 busybox modprobe; do
   command -v $tool >/dev/null || die "$tool is not installed: run make setup"
@@ -76,8 +83,8 @@ done
 # 1. The kernel, unpacked once: unpacking itself under emulation takes it seconds. QEMU boots an ELF image by PVH; what we
 # cannot unpack here is booted packed, which is slower and also right.
 vmlinux=$cache/vmlinux-$kernel
-if [ ! -s "$vmlinux" ] || [ "/boot/vmlinuz-$kernel" -nt "$vmlinux" ]; then
-  /usr/bin/python3 - "/boot/vmlinuz-$kernel" >"$vmlinux.$$" <<'PYTHON'
+if [ ! -s "$vmlinux" ] || [ "$kernel_root/boot/vmlinuz-$kernel" -nt "$vmlinux" ]; then
+  /usr/bin/python3 - "$kernel_root/boot/vmlinuz-$kernel" >"$vmlinux.$$" <<'PYTHON'
 import struct, subprocess, sys
 
 image = open(sys.argv[1], "rb").read()
@@ -114,7 +121,7 @@ if [ ! -s "$initrd" ] || [ "$self" -nt "$initrd" ]; then
     esac
   done < <(
     for name in virtio_pci 9p 9pnet_virtio overlay virtio_console virtio_rng virtio_net; do
-      modprobe -q --show-depends -S "$kernel" $name | awk '$1 == "insmod" { print $2 }'
+      modprobe -q --show-depends ${kernel_root:+-d "$kernel_root"} -S "$kernel" $name | awk '$1 == "insmod" { print $2 }'
     done | awk '!seen[$0]++'
   )
   cat >"$tree/init" <<'INIT'
@@ -142,6 +149,7 @@ fi
 control=$work/control
 mkdir "$control"
 {
+  printf 'kernel_root=%q kernel=%q\n' "$kernel_root" "$kernel"
   printf 'cwd=%q out=%q network=%q interactive=%q\n' "$PWD" "$out" "$network" "$interactive"
   printf 'terminal_size=%q\n' "$(if [ -t 0 ]; then stty size; else echo 24 80; fi)"
   printf 'command=('
@@ -161,6 +169,10 @@ control=/run/dataplane-vm
 mkdir -p /dev/pts /dev/shm /run/netns
 mount -t devpts -o mode=600,ptmxmode=666 devpts /dev/pts
 mount -t tmpfs tmpfs /dev/shm
+if [ -n "$kernel_root" ]; then # in the overlay only
+  mkdir -p "/lib/modules/$kernel"
+  mount --bind "$kernel_root/lib/modules/$kernel" "/lib/modules/$kernel"
+fi
 mount -t tmpfs tmpfs /run/netns # the machine's named network namespaces are dead files in here
 mount -t cgroup2 cgroup2 /sys/fs/cgroup
 mount -t bpf bpf /sys/fs/bpf

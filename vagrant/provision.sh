@@ -4,7 +4,7 @@
 # Safe to run again: it looks before it acts, and takes well under a second when there is nothing to do.
 #   --no-venv   packages and modules only
 #   --lab       install the micro-VM's packages even though this kernel has IPVS
-#   --tests     install what only tests need: a browser
+#   --tests     install what only tests need: a browser, and Vagrant to validate its file
 #   --persist   load the modules at every boot too (writes /etc/modules-load.d/dataplane.conf)
 # Not root: it uses sudo for packages and modules, and the virtual environment belongs to you.
 set -euo pipefail
@@ -16,7 +16,7 @@ BASE_PACKAGES=(
   nftables iptables ipvsadm ipset conntrack iproute2 iputils-ping kmod procps mount strace
   curl ca-certificates git make
 )
-TEST_PACKAGES=(chromium fonts-dejavu-core bind9-dnsutils)
+TEST_PACKAGES=(chromium fonts-dejavu-core bind9-dnsutils ruby vagrant)
 MODULES=(
   ip_vs ip_vs_rr ip_vs_wrr ip_vs_lc ip_vs_wlc ip_vs_sh ip_vs_mh ip_vs_sed ip_vs_nq ip_vs_dh
   ip_vs_lblc ip_vs_lblcr ip_vs_fo ip_vs_ovf ip_vs_twos dummy nf_conntrack

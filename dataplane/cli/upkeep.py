@@ -225,16 +225,22 @@ def check(config_file: str | None, output: str, print_schema: bool, **given: Any
 
 @click.command(short_help="Show it all in a network namespace of its own.")
 @click.option("--pause", is_flag=True, help="Wait for Enter between the steps.")
-@click.option("--keep", is_flag=True, help="Keep everything running after the tour, until Ctrl-C.")
-def demo(pause: bool, keep: bool) -> int:
+@click.option("--keep", is_flag=True, help="Keep everything running after the last step, until Ctrl-C.")
+@click.option("--shell", is_flag=True, help="No demo: a shell among its machines, for the guided tour.")
+def demo(pause: bool, keep: bool, shell: bool) -> int:
     """\b
     dataplane demo
     dataplane demo --pause
+    dataplane demo --shell
 
     Services, endpoints and connections through them, on this machine and without touching its network.
     """
-    from ..demo import run_demo
+    from ..demo import open_shell, run_demo
 
+    if shell:
+        if pause or keep:
+            raise UsageError("--shell plays no demo, so --pause and --keep do nothing with it")
+        return int(open_shell())
     status: int = run_demo(pause=pause, keep=keep)
     return status
 

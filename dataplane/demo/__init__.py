@@ -10,7 +10,7 @@ import os
 import shutil
 import signal
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -21,6 +21,7 @@ from ..netlink_socket import NETLINK_GENERIC, NetlinkSocket, resolve_family
 from ..run_tool import SYSTEM_PATH, run_tool
 from . import ending, ipvs_act, other_acts
 from .play import Play
+from .shell import run_shell
 from .stage import NO_KERNEL_FIX, build_stage
 from .tutorial import EXAMPLE, read_tutorial
 
@@ -53,7 +54,7 @@ def run_demo(*, pause: bool = False, keep: bool = False) -> int:
     """
     if os.geteuid() != 0:
         raise NotRoot("the demo makes network namespaces, for which it needs root")
-    _need_tools()
+    _need_tools(TOOLS)
     _need_ipvs()
     tutorial = read_tutorial(EXAMPLE)
     with _signals_end_it() as ignore_signals, tempfile.TemporaryDirectory(prefix="dataplane-demo-") as folder:
@@ -74,9 +75,25 @@ def run_demo(*, pause: bool = False, keep: bool = False) -> int:
     return 0
 
 
-def _need_tools() -> None:
+def open_shell() -> int:
+    """A shell in the demo's world, until it is left; its exit status. Needs no IPVS: two of the modes do without."""
+    if os.geteuid() != 0:
+        raise NotRoot("the demo makes network namespaces, for which it needs root")
+    _need_tools(["curl", "ip", "setpriv"])
+    with contextlib.suppress(DataplaneError):
+        run_tool(["modprobe", "-qa", "ip_vs", "dummy"])
+    tutorial = read_tutorial(EXAMPLE)
+    with _signals_end_it() as ignore_signals:
+        try:
+            return run_shell(tutorial)
+        finally:
+            ignore_signals()
+
+
+def _need_tools(tools: Iterable[str]) -> None:
     """PreflightError for the first program that is not installed."""
-    for tool, package in TOOLS.items():
+    for tool in tools:
+        package = TOOLS[tool]
         if not shutil.which(tool, path=f"{os.environ.get('PATH', '')}:{SYSTEM_PATH}"):
             raise PreflightError(f"the program {tool} is not installed", f"apt-get install {package}")
 

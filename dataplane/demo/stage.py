@@ -182,20 +182,19 @@ def ended(process: "subprocess.Popen[str]") -> Iterator[None]:
 
 
 @contextmanager
-def build_stage(pods: Sequence[PodSpec]) -> Iterator[Stage]:
-    """A stage with these pods, each behind the node, with its web server running."""
+def build_stage(pods: Sequence[PodSpec], *, needs_dummy: bool = True) -> Iterator[Stage]:
+    """A stage with these pods, each behind the node, with its web server running.
+
+    `needs_dummy`: PreflightError where this kernel has no dummy devices, without which there is no kube-ipvs0.
+    """
     stage = Stage(f"dataplane-demo-{secrets.token_hex(2)}", pods)
     with ExitStack() as stack:
         for where in stage.names:
             stack.callback(_remove_namespace, stage.namespace(where))
             run_tool(["ip", "netns", "add", stage.namespace(where)])
             stage.inside(where, _quiet_ipv6)
-        try:
-            _ip(stage, "node", "link add dataplane-try type dummy", "link delete dataplane-try")
-        except ToolError as error:
-            raise PreflightError(
-                f"this kernel has no dummy devices ({last_words(str(error).encode())})", NO_KERNEL_FIX
-            ) from None
+        if needs_dummy:
+            _try_dummy(stage)
         stage.inside("node", _forward)
         _connect(stage)
         for number in range(1, len(pods) + 1):
@@ -205,6 +204,15 @@ def build_stage(pods: Sequence[PodSpec]) -> Iterator[Stage]:
 
 
 NO_KERNEL_FIX = "`make demo` in a clone of the project boots a micro-VM whose kernel has everything"
+
+
+def _try_dummy(stage: Stage) -> None:
+    try:
+        _ip(stage, "node", "link add dataplane-try type dummy", "link delete dataplane-try")
+    except ToolError as error:
+        raise PreflightError(
+            f"this kernel has no dummy devices ({last_words(str(error).encode())})", NO_KERNEL_FIX
+        ) from None
 
 
 def _quiet_ipv6() -> None:

@@ -7,7 +7,8 @@ from typing import NamedTuple
 from ..errors import PreflightError
 from .stage import PodSpec
 
-EXAMPLE = Path(__file__).resolve().parent.parent.parent / "examples" / "hostnames.yaml"
+EXAMPLE = Path(__file__).with_name("hostnames.yaml")
+"""A link to examples/hostnames.yaml, so that an installed package has it too."""
 
 
 class Tutorial(NamedTuple):
@@ -26,7 +27,7 @@ def read_tutorial(path: Path) -> Tutorial:
     try:
         text = path.read_text()
     except OSError:
-        raise PreflightError(f"{path} is not there", "run the demo in a clone of the project") from None
+        raise PreflightError(f"{path} is not there", "install the package again") from None
     service, endpoint_slice = yaml.safe_load_all(text)
     target = endpoint_slice["ports"][0]["port"]
     pods = [
