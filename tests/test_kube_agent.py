@@ -227,3 +227,36 @@ def test_an_agent_that_waits_for_the_api_can_be_stopped(tmp_path: Path) -> None:
     with watching(tmp_path) as (_, agent):
         eventually("it waits", lambda: any(x["event"] == "watch lost" for x in agent.log()))
         assert agent.stop(signal.SIGTERM) == 0
+
+
+def test_commands_that_end_by_themselves_read_the_api_once(tmp_path: Path) -> None:
+    with watching(tmp_path, "--node-name", "node-1") as (served, agent):
+        eventually("it waits", lambda: any(x["event"] == "watch lost" for x in agent.log()))
+        assert agent.stop() == 0
+        api = ("--kubeconfig", str(tmp_path / "kubeconfig"), "--node-name", "node-1")
+        unreachable = agent.run("check", *api, check=False)
+        assert unreachable.returncode == 1
+        assert "connect" in unreachable.stderr.lower()
+        hinted = endpoint_slice("web-a", "web", "10.244.1.1", "10.244.2.2")
+        for endpoint, zone in zip(hinted["endpoints"], ("zone-a", "zone-b"), strict=True):
+            endpoint |= {"zone": zone, "hints": {"forZones": [{"name": zone}]}}
+        served.api.put(service("web"))
+        served.api.put(hinted)
+        served.api.put(node("node-1", "zone-b"))
+        served.call(lambda api: api.start())
+        assert "1 Service, 1 virtual server, 1 real server, 0 problems" in agent.run("check", *api).stdout
+        words = ("--from", "10.244.9.9", "--to", "default/web", "--manifests-only", "--mode", "nftables")
+        asked = agent.run("explain", *words, *api).stdout
+        assert "10.244.2.2" in asked
+        assert "10.244.1.1" not in asked
+        differs = agent.run("diff", "--mode", "nftables", *api, check=False)
+        assert differs.returncode == 4
+        assert "10.244.2.2" in differs.stdout
+        assert "10.96.0.10" not in rules(agent.ns)
+        agent.run("apply", "--mode", "nftables", *api)
+        assert "10.244.2.2" in rules(agent.ns)
+        assert agent.run("diff", "--mode", "nftables", *api).returncode == 0
+        served.api.put(service("bad", port=0))
+        bad = agent.run("check", *api, check=False)
+        assert bad.returncode == 3
+        assert "Service default/bad: spec.ports[0].port" in bad.stderr
