@@ -132,7 +132,7 @@ def test_what_the_api_has_is_programmed_and_an_outage_changes_nothing(tmp_path: 
         served.api.version += 1
         served.api.compact()
         served.call(lambda api: api.break_all())
-        eventually("held back", lambda: any("held_back" in line for line in agent.log()))
+        eventually("held back", lambda: any("held_back" in line for line in agent.log()), 90)
         assert all(f"10.96.0.{number}" in rules(agent.ns) for number in range(1, 13))
 
         before = rules(agent.ns)
@@ -217,7 +217,7 @@ def test_a_list_that_lacks_most_is_held_back_and_an_outage_of_any_length_changes
         served.api.version += 1
         served.api.compact()
         served.call(lambda api: api.start())
-        eventually("held back", lambda: any("held_back" in line for line in agent.log()))
+        eventually("held back", lambda: any("held_back" in line for line in agent.log()), 90)
         assert all(f"10.96.0.{number + 1}" in rules(agent.ns) for number in range(30))
         assert json.loads(agent.run("status", "-o", "json", check=False).stdout)["heldBack"] == 20
         assert agent.stop() == 0
