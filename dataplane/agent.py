@@ -345,19 +345,20 @@ class Agent:
                 task.cancel()
 
     def _begin(self) -> None:
-        """First sync: the source is read before anything is compared, so nothing is deleted for want of news."""
+        """First sync: the source has everything before anything is compared, so nothing is deleted for want of news."""
         reconciler = self._reconciler
         if self._node is not None:  # a source may have told where we are
             reconciler.renew(self._node.rules())
             self._renew(self._node.options())
+        for lack in reconciler.backend.prepare(self._switch.look()):
+            self._log.warning("not as wanted", lack=lack)
+        reconciler.observe()  # first, as the memory that it takes for a while is then used again
         update = self._source.read()
         reconciler.take(update)
+        reconciler.share_objects()
         if self._names is not None:
             self._names.update(update)
         self._tell_problems()
-        for lack in reconciler.backend.prepare(self._switch.look()):
-            self._log.warning("not as wanted", lack=lack)
-        reconciler.observe()
         reconciler.keep_unexplained(input_is_whole=not self._source.problems)
         self._report(reconciler.sync("start"))
         self._switch.step(input_is_whole=not self._source.problems)

@@ -203,6 +203,10 @@ class Reflector:
         self._backoff = pace.backoff_least
         self._older_since: float | None = None
         self._garbled = 0
+        self._opened: float | None = None
+        """When the watch that goes on began, of time.monotonic()."""
+        self._gone = False
+        """The last that came was that the history is gone."""
         self._heard = time.time()
         self._told = False
 
@@ -231,7 +235,13 @@ class Reflector:
             self._told = True
             self._log.warning("watch lost", kind=self.resource.kind, error=self.last_error)
         await self._transport.close()
-        pause = max(self._backoff * random.uniform(0.5, 1.0), error.retry_after)
+        if self._opened is not None and time.monotonic() - self._opened > self._backoff:
+            self._backoff = self._pace.backoff_least  # it went well for longer than we would wait
+        self._opened = None
+        backoff = self._backoff
+        if error.status == GONE and not self._gone:
+            self._gone, backoff = True, self._pace.backoff_least  # the history is gone, and the server well
+        pause = max(backoff * random.uniform(0.5, 1.0), error.retry_after)
         self._backoff = min(self._backoff * 2, self._pace.backoff_most)
         await asyncio.sleep(pause)
 
@@ -332,6 +342,7 @@ class Reflector:
                 self._transport.stream(self.resource.path, parameters) as pieces,
             ):
                 self._alive()
+                self._opened = started
                 async for lines in pieces:
                     self._heard = self.tried_at = time.time()
                     came = True
@@ -340,7 +351,7 @@ class Reflector:
                             self._take(line)
                     finally:
                         self._sink.settled()
-                    self._backoff = self._pace.backoff_least
+                    self._backoff, self._gone = self._pace.backoff_least, False
                     # so much may have come that its end is still to be read: who talks is not dead
                     ends = asyncio.get_running_loop().time() + self._pace.grace_seconds
                     if ends > (limit.when() or ends):

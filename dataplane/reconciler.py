@@ -114,7 +114,7 @@ class Reconciler:
     def observe(self) -> None:
         """Look at the kernel. The clocks of real servers that drain already go on where they stand."""
         self.held = self.backend.observe()
-        self._share_objects()
+        self.share_objects()
         if not self.backend.drains:
             return
         now = self._clock()
@@ -127,7 +127,7 @@ class Reconciler:
                     self.drains.restore(key, clocks[key], now)
         self.drains.changed |= self._kept ^ self.drains.deadlines.keys()
 
-    def _share_objects(self) -> None:
+    def share_objects(self) -> None:
         """What is as desired is kept once in memory, not once as seen and once as wanted."""
         held, express = self.held.servers, self.backend.express
         for at, wanted in self.desired.servers.items():
