@@ -95,6 +95,7 @@ INIT = """
 set -e
 echo $$ > "$GROUP/cgroup.procs"
 exec unshare --cgroup --mount --pid --fork --kill-child --mount-proc bash -ec '
+  umount /sys/fs/cgroup
   mount -t cgroup2 none /sys/fs/cgroup
   mount -t tmpfs -o mode=755 none /run
   mkdir -p /run/systemd/system /run/lock
