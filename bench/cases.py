@@ -5,7 +5,7 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-from . import end_to_end, kube_proxy, operations, parts, traffic
+from . import api, end_to_end, kube_proxy, operations, parts, traffic
 from .contenders import CONTENDERS
 from .isolation import RunFailed, isolated
 from .progress import Progress
@@ -127,6 +127,20 @@ def alone(settings: Wanted, records: Records, progress: Progress) -> None:
         records.add_all(Key("parts", size, "for each Service", name), values)
 
 
+def over_the_api(settings: Wanted, records: Records, progress: Progress) -> None:
+    """The agent with a Kubernetes API as its source, in nftables mode, at the largest size."""
+    size = max(settings.agent_sizes)
+    progress.say(f"api: {size:,} Services")
+    records.calibrate()
+    try:
+        found = api.run(size, settings.changes, settings.seed)
+    except RunFailed as error:
+        records.fail(f"api, {size}: {error}")
+        return
+    for name, (values, unit) in found.items():
+        records.add_all(Key("api", size, name, "nftables"), values, unit)
+
+
 def real_kube_proxy(settings: Wanted, records: Records, progress: Progress) -> None:
     """kube-proxy with the Services of a cluster, where both were given."""
     if settings.kube_proxy is None or settings.kubeconfig is None:
@@ -154,6 +168,7 @@ MORE_CASES: dict[str, Callable[[Wanted, Records, Progress], None]] = {
     "end-to-end": agents,
     "traffic": connections,
     "parts": alone,
+    "api": over_the_api,
     "kube-proxy": real_kube_proxy,
 }
 

@@ -17,11 +17,13 @@ import os
 import signal
 import socket
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any, Protocol
 
 from msgspec import Struct
 
+from .backend import Options
 from .control_server import ControlServer
 from .control_socket import ControlClient
 from .desired import Rules
@@ -29,24 +31,29 @@ from .drain import DrainKey
 from .errors import DataplaneError
 from .figures import Figures
 from .health_responder import HealthResponder
+from .healthz_server import Health, HealthzServer
 from .libc_malloc import give_memory_back
 from .looks import Looks
-from .model import Problem, Update, VirtualAddress
+from .model import ObjectName, Problem, Update, VirtualAddress
 from .printable import printable
 from .prober import Prober, ProbeStarter
 from .reconciler import Reconciler, SyncReport
 from .show_text import plural
 from .systemd_notify import ServiceManager
+from .tcp_listener import Listen
 
 SOCKET = "\0dataplane-agent"
 STATUS_TIMEOUT = 5.0
 DISTURBANCE_PAUSE = 0.2
 """Seconds between somebody else's change and our look at it: changes come in bursts, and one look serves a burst."""
 BACKOFF_LEAST, BACKOFF_MOST = 1.0, 60.0
+MOST_TRIGGERS = 20_000
 BIG, BIG_SECONDS = 1 << 20, 2.0
 """Bytes of an answer from which on the memory that it took is given back, and when: it has been read by then."""
 FLOWS_PAUSE_MOST = 0.3
 """Seconds at most between two looks at conntrack while UDP Services keep changing: nine times what a look takes."""
+STALE_SECONDS = 60.0
+"""A watch that has been dead so long makes `/healthz` red, or two pauses between looks, whichever is longer."""
 
 
 class AgentOptions(Struct, frozen=True):
@@ -90,6 +97,43 @@ class Node(Protocol):
 
     def rules(self) -> Rules:
         """The rules that go with what they are now."""
+
+    def options(self) -> Options:
+        """The same of the mode's options."""
+
+
+class Cluster(Protocol):
+    """What the agent needs to know of a `kube_source.KubernetesSource` that is its source."""
+
+    @property
+    def eligible(self) -> bool:
+        """Load balancers may send to this node."""
+
+    def dead_since(self) -> float | None:
+        """Since when its watches are dead, in seconds since the epoch; None = they are not."""
+
+    def stuck(self) -> bool:
+        """They do not even try any more."""
+
+
+class Events(Protocol):
+    """What the agent needs of a `kube_events.EventWriter`."""
+
+    def tell(self, reason: str, action: str, note: str = "", service: ObjectName | None = None) -> None:
+        """Something that the cluster's administrator should see."""
+
+    async def close(self) -> None:
+        """Tell nothing more."""
+
+
+class NoEvents:
+    """For an agent without a cluster."""
+
+    def tell(self, reason: str, action: str, note: str = "", service: ObjectName | None = None) -> None:
+        """Nothing."""
+
+    async def close(self) -> None:
+        """Nothing."""
 
 
 class Switch(Protocol):
@@ -156,6 +200,10 @@ class Agent:
         start_probe: ProbeStarter | None = None,
         web: Web | None = None,
         manager: ServiceManager = ServiceManager(),  # noqa: B008 (nobody to tell)
+        *,
+        healthz: Listen | None = None,
+        cluster: Cluster | None = None,
+        events: Events = NoEvents(),  # noqa: B008 (has no state)
     ) -> None:
         self._reconciler = reconciler
         self._manager = manager
@@ -176,11 +224,21 @@ class Agent:
         self._told: set[Problem] = set()
         self._last: SyncReport | None = None
         self._last_error = ""
-        self._health = HealthResponder(log, self._is_healthy)
+        self._events = events
+        self._cluster = cluster
+        self._health = HealthResponder(log, self._is_healthy, self._port_not_served)
         self._looks = reconciler.audience = Looks(reconciler.backend, self._clocks, lambda: reconciler.held.servers)
         self._prober = Prober(self._looks, lambda: reconciler.held.servers, log, start_probe)
         self._control = ControlServer({"status": self._tell_status, "look": self._tell_look})
         self._figures = Figures()
+        self._healthz = healthz and HealthzServer(
+            healthz, log, self.proxy_health, self._figures.checked, self._healthz_not_served
+        )
+        self._options_now = node.options() if node is not None else None
+        self._triggers: deque[float] = deque(maxlen=MOST_TRIGGERS)
+        """When changes began that the kernel has not acknowledged, in seconds since the epoch."""
+        self._behind_since: float | None = None
+        """Since when something waits for the kernel, of time.monotonic()."""
         self._web = web
         self._flows_retry_at: float | None = None
         self._flows_error = ""
@@ -204,6 +262,9 @@ class Agent:
                 self._log.warning("nobody can ask", error=printable(str(error)))
             if self._web is not None:
                 self._web.start()
+            if self._healthz is not None:
+                self._healthz.start()
+            self._events.tell("Starting", "StartKubeProxy")
             reader = None
             self._manager.waiting("waiting for the source")
             try:
@@ -230,7 +291,10 @@ class Agent:
                     reader.cancel()
                     with contextlib.suppress(asyncio.CancelledError, Exception):
                         await reader
+                await self._events.close()
                 await self._source.close()
+                if self._healthz is not None:
+                    await self._healthz.close()
                 await self._control.close()
                 holder.close()
                 self._prober.end()
@@ -254,6 +318,9 @@ class Agent:
     def _begin(self) -> None:
         """First sync: the source is read before anything is compared, so nothing is deleted for want of news."""
         reconciler = self._reconciler
+        if self._node is not None:  # a source may have told where we are
+            reconciler.renew(self._node.rules())
+            self._renew(self._node.options())
         update = self._source.read()
         reconciler.take(update)
         self._tell_problems()
@@ -302,6 +369,8 @@ class Agent:
                 if drained:
                     self._report(drained)
                 self._switch.step(input_is_whole=not self._source.problems)
+                if not (self._updates or self._last_error):
+                    self._behind_since = None
             except (DataplaneError, OSError) as error:
                 next_verify = max(next_verify, self._fail(error))  # also a look that is due waits for the pause
                 self._manager.reloaded(self._summary())
@@ -337,19 +406,41 @@ class Agent:
         for update in waiting:
             self._figures.changed_services += len(update.changed)
             touched |= self._reconciler.take(update)
+            self._triggers.extend(update.triggers)
         self._tell_problems()
         if self._reconciler.unexplained and not self._source.problems:
             self._reconciler.keep_unexplained(input_is_whole=True)
             self._report(self._reconciler.sync("input is whole"))
         elif touched:
             self._report(self._reconciler.sync("change", touched))
+        elif not self._last_error:
+            self._programmed()  # such as an endpoint that is not ready: there was nothing to write
+        return True
+
+    def _renew(self, options: Options) -> bool:
+        """Clients are told by other options from the next `prepare` on; False if they are the same."""
+        if options == self._options_now:
+            return False
+        self._reconciler.backend.renew(options)
+        self._options_now = options
         return True
 
     def _renumber(self) -> None:
-        """Node ports follow the node's addresses."""
+        """Node ports follow the node's addresses, hints its zone, and rules the ranges that the cluster names."""
         assert self._node is not None
         self._renumbered, self._renumber_failed = False, True  # what fails is tried again after a pause, not at once
         touched = self._reconciler.renew(self._node.rules())
+        before = self._options_now
+        if self._renew(self._node.options()):
+            try:
+                self._reconciler.backend.prepare(self._switch.look())
+                self._reconciler.observe()
+            except (DataplaneError, OSError):
+                self._options_now = before  # so that it is done again
+                raise
+            self._renumber_failed = False
+            self._report(self._reconciler.sync("node ranges"))
+            return
         self._renumber_failed = False
         if touched:
             self._report(self._reconciler.sync("node addresses", touched))
@@ -357,6 +448,8 @@ class Agent:
     async def _read_source(self) -> None:
         async for update in self._source.updates():
             self._updates.append(update)
+            self._renumbered |= update.place and self._node is not None
+            self._fall_behind()
             self._wake.set()
 
     # ------------------------------------------------------------------------------------------------------- events
@@ -419,6 +512,8 @@ class Agent:
             self._backoff = min(self._backoff * 2, BACKOFF_MOST)
         else:
             self._retry_at, self._backoff, self._last_error = None, BACKOFF_LEAST, ""
+            if report.cause != "drain":  # which looks at few virtual servers
+                self._programmed()
         if report.result == "unchanged" and report.cause not in ("start", "reload") and not held_back_anew:
             return
         fields = sync_fields(report, self._reconciler.backend.mode)
@@ -430,6 +525,7 @@ class Agent:
     def _fail(self, error: Exception) -> float:
         """A sync that could not be carried out: what we know is stale, so look again after a pause; when that ends."""
         self._last_error = str(error)
+        self._fall_behind()
         self._figures.error()
         again = self._retry_at = time.monotonic() + self._backoff
         self._backoff = min(self._backoff * 2, BACKOFF_MOST)
@@ -454,6 +550,47 @@ class Agent:
 
     def _is_healthy(self) -> bool:
         return not (self._last_error or self._reconciler.failing or self._reconciler.held_back or self._switch.stuck)
+
+    def _fall_behind(self) -> None:
+        """Something waits for the kernel."""
+        if self._behind_since is None:
+            self._behind_since = time.monotonic()
+
+    def _programmed(self) -> None:
+        """What was taken from the source so far is in the kernel."""
+        now = time.time()
+        for moment in self._triggers:
+            self._figures.programmed(now - moment)
+        self._triggers.clear()
+
+    def proxy_health(self) -> Health:
+        """What `/healthz` and `/livez` go by."""
+        patience = 2 * self._options.resync_seconds
+        late = 0.0 if self._behind_since is None else time.monotonic() - self._behind_since
+        dead = self._cluster.dead_since() if self._cluster is not None else None
+        silent = 0.0 if dead is None else time.time() - dead
+        eligible = self._cluster is None or self._cluster.eligible
+        stuck = self._cluster is not None and self._cluster.stuck()
+        reasons = {
+            f"a sync is overdue: changes have waited for {late:.0f} s": late > patience,
+            "the watch is stuck": stuck,
+            f"the watch is dead: nothing heard from the API for {silent:.0f} s": silent > max(STALE_SECONDS, patience),
+            "the Node is being deleted": not eligible,
+        }
+        return Health(
+            live=not stuck and late <= patience,
+            current=silent <= max(STALE_SECONDS, patience),
+            eligible=eligible,
+            updated=self._synced_at,
+            reasons=tuple(reason for reason, holds in reasons.items() if holds),
+        )
+
+    def _healthz_not_served(self, reason: str) -> None:
+        self._events.tell("FailedToStartProxierHealthcheck", "StartKubeProxy", f"healthz not served: {reason}")
+
+    def _port_not_served(self, name: ObjectName, port: int, reason: str) -> None:
+        note = f"health check port {port} of Service {name} is not served on this node: {reason}"
+        self._events.tell("FailedToStartServiceHealthcheck", "Listen", note, name)
 
     def status(self) -> dict[str, Any]:
         """What `dataplane status` shows. Times in seconds since the epoch."""

@@ -105,6 +105,10 @@ class Backend(Protocol):
     def express(self, server: VirtualServer) -> VirtualServer:
         """The server as this mode can hold it; what it has no way to say takes its default, so that states compare."""
 
+    def renew(self, options: Options) -> None:
+        """Clients inside the cluster and cluster IPs are told by these options from the next `prepare` on, after which
+        the caller observes; whatever else the mode was opened with stays."""
+
     def present(self) -> bool:
         """Whether anything of this mode is here, by its own marker. Cheap, never writes."""
 

@@ -31,6 +31,9 @@ KIND: Final = "AgentConfiguration"
 ALL_MODES = (*MODES, *PLANNED)
 VIP_BINDINGS = ("device", "routes")
 LOG_FORMATS = ("auto", "human", "json")
+AUTO = "auto"
+HEALTHZ = "0.0.0.0:10256"
+"""Where kube-proxy serves `/healthz` and `/livez`."""
 PRIMARY = "primary"
 """nodePortAddresses: the node's main addresses, kube-proxy's word."""
 DAY = 86400
@@ -56,6 +59,7 @@ _NAMES = {
     "service_cidrs": "serviceCIDRs",
     "strict_arp": "strictARP",
     "node_ips": "nodeIPs",
+    "node_cidr": "nodeCIDR",
     "external_ip_ranges": "externalIPRanges",
 }
 
@@ -102,6 +106,9 @@ class Configuration(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     bridge_interface: Annotated[
         str, Meta(pattern="^[A-Za-z0-9_.-]{0,15}$", description="Clients behind this bridge are pods.")
     ] = ""
+    node_cidr: Annotated[
+        bool, Meta(description="Or: the pod ranges of this node's Node object are pods; needs a Kubernetes API.")
+    ] = False
     interface_name_prefix: Annotated[
         str, Meta(pattern="^[A-Za-z0-9_.-]{0,15}$", description="Clients behind interfaces named so are pods.")
     ] = ""
@@ -147,6 +154,13 @@ class Configuration(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
             description="ADDRESS:PORT of metrics and the page to watch; empty: none.",
         ),
     ] = "127.0.0.1:10249"
+    healthz_bind_address: Annotated[
+        str,
+        Meta(
+            pattern=r"^(auto|[0-9.]+:[0-9]{1,5}|\[[0-9A-Fa-f:.]+\]:[0-9]{1,5})?$",
+            description="ADDRESS:PORT of /healthz and /livez; empty: none; auto: 0.0.0.0:10256 with a Kubernetes API.",
+        ),
+    ] = AUTO
     metrics_max_series: Annotated[
         int,
         Meta(ge=0, le=10_000_000, description="Metrics of Services and backends; beyond, backends are left out."),
@@ -154,6 +168,18 @@ class Configuration(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     log_format: Annotated[
         Literal["auto", "human", "json"], Meta(description="auto: human on a terminal, else JSON lines.")
     ] = "auto"
+
+    @property
+    def from_cluster(self) -> bool:
+        """The Services come from a Kubernetes API."""
+        return bool(self.kubeconfig) or self.in_cluster
+
+    def healthz(self) -> Listen | None:
+        """Where `/healthz` and `/livez` are served; None = nowhere."""
+        text = self.healthz_bind_address
+        if text == AUTO:
+            text = HEALTHZ if self.from_cluster else ""
+        return metrics_listen(text)
 
     def options(self) -> Options:
         """The part a mode needs."""
@@ -353,10 +379,12 @@ def _convert(given: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[str, str
                 read(text)
             except ValueError as error:
                 faults.append((f"{_field_name(field)}[{index}]", printable(str(error))))
-    try:
-        metrics_listen(values.get("metrics_bind_address", ""))
-    except ValueError as error:
-        faults.append(("metricsBindAddress", printable(str(error))))
+    for name in ("metrics_bind_address", "healthz_bind_address"):
+        text = values.get(name, "")
+        try:
+            metrics_listen("" if text == AUTO else text)
+        except ValueError as error:
+            faults.append((_field_name(name), printable(str(error))))
     return values, faults
 
 

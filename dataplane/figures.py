@@ -5,11 +5,19 @@ buckets (pkg/proxy/metrics: 0.001 × 2ⁿ, n = 0 … 14).
 """
 
 from bisect import bisect_left
+from collections.abc import Sequence
 
 from msgspec import Struct, field, to_builtins
 
 BUCKETS: tuple[float, ...] = tuple(0.001 * 2.0**power for power in range(15))
 """Upper bounds in seconds, 1 ms to 16.384 s; what took longer is in one more."""
+PROGRAMMING_BUCKETS: tuple[float, ...] = (
+    *(0.25, 0.5),
+    *map(float, range(1, 60)),
+    *map(float, range(60, 120, 5)),
+    *map(float, range(120, 301, 30)),
+)
+"""The same of network programming: kube-proxy's."""
 DRIFT = frozenset({"disturbed", "resync", "reload"})
 """Causes of syncs that compare everything with the kernel: what they change, somebody else had changed."""
 PARTIAL = frozenset({"change", "drain", "node addresses"})
@@ -21,15 +29,19 @@ RESULTS = (
 """All are there from the start, at 0: a series that appears with its first failure shows no increase."""
 
 
+CHECKS = tuple(f"{path} {code}" for path in ("healthz", "livez") for code in (200, 503))
+
+
 class Histogram(Struct):
-    """How long something took, by `BUCKETS`. `counts`: each bucket by itself, the last one without an upper bound."""
+    """How long something took, by `BUCKETS` or others. `counts`: each bucket by itself, the last one without an upper
+    bound."""
 
     counts: list[int] = field(default_factory=lambda: [0] * (len(BUCKETS) + 1))
     sum: float = 0.0
 
-    def observe(self, seconds: float) -> None:
+    def observe(self, seconds: float, bounds: Sequence[float] = BUCKETS) -> None:
         """One more."""
-        self.counts[bisect_left(BUCKETS, seconds)] += 1
+        self.counts[bisect_left(bounds, seconds)] += 1
         self.sum += seconds
 
     @property
@@ -71,6 +83,19 @@ class Figures(Struct, rename="camel"):
     """Real servers whose last connection ended in time."""
     drains_expired: int = 0
     """Real servers that were removed with open connections, because their time was over."""
+
+    network_programming: Histogram = field(default_factory=lambda: Histogram([0] * (len(PROGRAMMING_BUCKETS) + 1)))
+    """From the change of an endpoint, by the clock of whoever noticed it, to the kernel's answer."""
+    proxy_checks: dict[str, int] = field(default_factory=lambda: dict.fromkeys(CHECKS, 0))
+    """Answers of `/healthz` and `/livez`, by `path code`."""
+
+    def programmed(self, seconds: float) -> None:
+        """A change of an endpoint that began so long ago is in the kernel."""
+        self.network_programming.observe(max(0.0, seconds), PROGRAMMING_BUCKETS)
+
+    def checked(self, path: str, code: int) -> None:
+        """Somebody asked how the proxy is."""
+        self.proxy_checks[f"{path} {code}"] += 1
 
     def sync(self, cause: str, result: str, seconds: float, adds: int, sets: int, deletes: int) -> None:
         """A sync has ended."""

@@ -13,7 +13,6 @@ import asyncio
 import contextlib
 import errno
 import json
-import re
 import socket
 import time
 from collections.abc import Callable, Mapping
@@ -21,14 +20,13 @@ from http import HTTPStatus
 from typing import Any, NamedTuple, Protocol
 
 from .desired import HealthCheck, Rules
+from .http_answer import REQUEST_BYTES, message, read_head, requested
 from .model import Address, Family, ObjectName, format_address
 
 REQUEST_SECONDS = 5.0
-REQUEST_BYTES = 8192
 MOST_CLIENTS = 256
 """Open connections to all ports together; more are closed at once."""
 RETRY_SECONDS = 5.0
-_REQUEST = re.compile(rb"[A-Z]{1,20} \S+ HTTP/1\.[01]\r?\n")
 _ANY = {Family.IPV4: Address(bytes(4)), Family.IPV6: Address(bytes(16))}
 _NO_IPV6 = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)
 
@@ -50,14 +48,20 @@ class Listener(NamedTuple):
 class HealthResponder:
     """The listeners of all health check node ports, kept as the Services are. Belongs to one event loop.
 
-    `healthy`: asked for each answer. `retry_at`: when a port that could not be had is tried again, in seconds of
-    time.monotonic(); None = all are there.
+    `healthy`: asked for each answer. `failed`: told which Service's port could not be had, and why. `retry_at`: when it
+    is tried again, in seconds of time.monotonic(); None = all are there.
     """
 
-    def __init__(self, log: Log, healthy: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        log: Log,
+        healthy: Callable[[], bool],
+        failed: Callable[[ObjectName, int, str], None] = lambda name, port, reason: None,
+    ) -> None:
         self.retry_at: float | None = None
         self._log = log
         self._healthy = healthy
+        self._failed = failed
         self._checks: dict[ObjectName, HealthCheck] = {}
         self._rules: Rules | None = None
         self._owners: dict[int, ObjectName] = {}
@@ -131,6 +135,7 @@ class HealthResponder:
         for (name, port), reason in troubles.items():
             if self._troubles.get((name, port)) != reason:
                 self._log.warning("health check port not served", service=str(name), port=port, reason=reason)
+                self._failed(name, port, reason)
         for name, port in self._troubles.keys() - troubles.keys():
             if name in self._checks and self._checks[name].port == port:
                 self._log.info("health check port served", service=str(name), port=port)
@@ -164,7 +169,7 @@ class HealthResponder:
         try:
             with contextlib.suppress(OSError, asyncio.IncompleteReadError, ValueError, TimeoutError):
                 async with asyncio.timeout(REQUEST_SECONDS):
-                    request = await _head(reader)
+                    request = await read_head(reader)
                     owner = self._owners.get(listener.port)
                     if request and owner is not None:
                         writer.write(self._response(request, owner, self._checks[owner], len(listener.address)))
@@ -176,9 +181,9 @@ class HealthResponder:
             writer.transport.abort()
 
     def _response(self, request: bytes, owner: ObjectName, check: HealthCheck, width: int) -> bytes:
-        first = request.split(b"\n", 1)[0] + b"\n"
-        if not _REQUEST.fullmatch(first):
-            return _message(HTTPStatus.BAD_REQUEST, {}, b"", True)
+        asked = requested(request)
+        if asked is None:
+            return message(HTTPStatus.BAD_REQUEST, {}, b"", True)
         count = check.ipv4 if width == 4 else check.ipv6
         healthy = self._healthy()
         status = HTTPStatus.OK if count and healthy else HTTPStatus.SERVICE_UNAVAILABLE
@@ -187,7 +192,7 @@ class HealthResponder:
             "X-Content-Type-Options": "nosniff",
             "X-Load-Balancing-Endpoint-Weight": str(count),
         }
-        return _message(status, headers, health_body(owner, count, healthy), not first.startswith(b"HEAD "))
+        return message(status, headers, health_body(owner, count, healthy), asked.method != "HEAD")
 
 
 def health_body(owner: ObjectName, count: int, healthy: bool) -> bytes:
@@ -205,25 +210,6 @@ def listening_addresses(rules: Rules, family: Family) -> list[Address]:
     width = len(_ANY[family])
     kept = rules.primary_node_ports or any(len(each.address) == width for each in rules.node_port_ranges)
     return rules.node_port_addresses(family) if kept else [_ANY[family]]
-
-
-async def _head(reader: asyncio.StreamReader) -> bytes:
-    """A request up to its empty line; b"" when there is none within the limit of bytes."""
-    head = b""
-    while len(head) <= REQUEST_BYTES:
-        line = await reader.readline()  # ValueError: longer than the limit
-        head += line
-        if line in (b"\r\n", b"\n") and len(head) > len(line):
-            return head
-        if not line.endswith(b"\n"):
-            return b""
-    return b""
-
-
-def _message(status: HTTPStatus, headers: Mapping[str, str], body: bytes, with_body: bool) -> bytes:
-    lines = [f"HTTP/1.1 {status.value} {status.phrase}", *(f"{name}: {value}" for name, value in headers.items())]
-    lines += [f"Content-Length: {len(body)}", "Connection: close", "", ""]
-    return "\r\n".join(lines).encode() + (body if with_body else b"")
 
 
 async def _end(server: asyncio.Server) -> None:

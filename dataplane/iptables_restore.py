@@ -102,19 +102,12 @@ class IptablesBackend:
     def __init__(self, options: Options, clock: Callable[[], float] = time.monotonic, *, alone: bool = False) -> None:
         self._alone = alone
         """The other back end's tables are somebody else's business."""
-        self._form = Form(
-            options.iptables_compat == "classic",
-            options.masquerade_all,
-            options.cluster_cidrs,
-            options.bridge_interface,
-            options.interface_prefix,
-            options.service_cidrs,
-        )
         self._clock = clock
         families = (Family.IPV4, *([Family.IPV6] if Path("/proc/sys/net/ipv6").exists() else []))
         self._tools = {family: Tools(family, options.iptables_tool) for family in families}
         self._books: dict[Family, Books] = {}
         self._looked: tuple[float, dict[Family, Books]] | None = None
+        self.renew(options)
         self._prepared = False
         self._before: dict[str, int] = {}
         self._fully_random = True
@@ -132,6 +125,18 @@ class IptablesBackend:
     def express(self, server: VirtualServer) -> VirtualServer:
         """Weights are expressed, by probabilities; schedulers, thresholds and a VIP on this node are not."""
         return express(self._form, server)
+
+    def renew(self, options: Options) -> None:
+        """Other rules; chains that are written otherwise are found by the next `observe`."""
+        self._form = Form(
+            options.iptables_compat == "classic",
+            options.masquerade_all,
+            options.cluster_cidrs,
+            options.bridge_interface,
+            options.interface_prefix,
+            options.service_cidrs,
+        )
+        self._looked = None
 
     def present(self) -> bool:
         """Our marker is in a table of either back end."""

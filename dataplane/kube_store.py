@@ -40,20 +40,23 @@ class Store:
 
     # ---------------------------------------------------------------------------------------------------- going in
 
-    def put(self, kind: str, reading: Reading) -> None:
-        """An object of one kind was added or changed."""
+    def put(self, kind: str, reading: Reading) -> bool:
+        """An object of one kind was added or changed; whether that changes a Service."""
         name = reading.name
         if name is None:
             self._nameless[kind] = (*self._nameless.get(kind, ())[-_MOST_NAMELESS:], reading)
             self._problems = None
-            return
+            return False
         self._note(kind, name, reading)
         if kind == "Service" and isinstance(reading.value, Service):
-            if self._services.get(name) != reading:
-                self._services[name] = reading
-                self._changed.add(name)
-        elif kind == "EndpointSlice" and isinstance(reading.value, tuple):
-            self._put_slice(reading, name, reading.value[0].service)
+            if self._services.get(name) == reading:
+                return False
+            self._services[name] = reading
+            self._changed.add(name)
+            return True
+        if kind == "EndpointSlice" and isinstance(reading.value, tuple):
+            return self._put_slice(reading, name, reading.value[0].service)
+        return False
 
     def remove(self, kind: str, name: ObjectName) -> None:
         """An object was deleted, or no longer is among those asked for."""
@@ -101,15 +104,17 @@ class Store:
         elif self._faulty.pop((kind, name), None) is not None:
             self._problems = None
 
-    def _put_slice(self, reading: Reading, name: ObjectName, owner: ObjectName) -> None:
+    def _put_slice(self, reading: Reading, name: ObjectName, owner: ObjectName) -> bool:
         before = self._owners.get(name)
         if before is not None and before != owner:
             self._remove_slice(name)
         members = self._slices.setdefault(owner, {})
-        if members.get(name) != reading:
-            members[name] = reading
-            self._owners[name] = owner
-            self._changed.add(owner)
+        if members.get(name) == reading:
+            return False
+        members[name] = reading
+        self._owners[name] = owner
+        self._changed.add(owner)
+        return True
 
     def _remove_slice(self, name: ObjectName) -> None:
         owner = self._owners.pop(name, None)

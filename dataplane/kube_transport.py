@@ -152,6 +152,14 @@ class KubeTransport:
             raise _refusal(answer, answer.content)
         return answer.content
 
+    async def post(self, path: str, body: Mapping[str, object]) -> None:
+        """Create an object."""
+        with _failures():
+            async with asyncio.timeout(self._answer_seconds):
+                answer = await self._opened().post(path, json=dict(body))
+        if answer.status_code not in (200, 201, 202):
+            raise _refusal(answer, answer.content)
+
     @contextlib.asynccontextmanager
     async def stream(self, path: str, parameters: Mapping[str, str]) -> AsyncIterator[AsyncIterator[list[bytes]]]:
         """An answer that goes on: the whole lines that came together; how long to wait is the caller's business."""

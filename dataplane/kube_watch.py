@@ -22,7 +22,7 @@ new. Of objects, only what `kubernetes_wire` names is decoded, and each but once
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Protocol
 
@@ -30,20 +30,32 @@ import msgspec
 from msgspec import Raw, Struct
 
 from .errors import ApiError
+from .kubernetes_nodes import read_place
 from .kubernetes_objects import read_object
 from .kubernetes_reading import Reading
 from .model import ObjectName
 from .printable import printable
 
-GONE, BAD_REQUEST = 410, 400
+GONE, BAD_REQUEST, FORBIDDEN, NOT_FOUND = 410, 400, 403, 404
 
 
 class Resource(Struct, frozen=True):
-    """What is listed and watched."""
+    """What is listed and watched. `selector` goes by labels, `field` by a field.
+
+    `secondary`: a server that does not have it (404), or does not let us have it (403), is no obstacle.
+    """
 
     kind: str
     path: str
-    selector: str
+    selector: str = ""
+    field: str = ""
+    secondary: bool = False
+    read: Callable[[Raw, str], Reading | None] = read_object
+
+    def parameters(self) -> dict[str, str]:
+        """The selectors, for a request."""
+        given = {"labelSelector": self.selector, "fieldSelector": self.field}
+        return {name: text for name, text in given.items() if text}
 
 
 SERVICES = Resource("Service", "/api/v1/services", "!service.kubernetes.io/service-proxy-name")
@@ -53,6 +65,14 @@ SLICES = Resource(
     "!service.kubernetes.io/headless,!service.kubernetes.io/service-proxy-name",
 )
 """kube-proxy's selectors (cmd/kube-proxy/app/server.go)."""
+SERVICE_CIDRS = Resource("ServiceCIDR", "/apis/networking.k8s.io/v1/servicecidrs", secondary=True, read=read_place)
+"""Stable since Kubernetes 1.33; older servers answer 404."""
+
+
+def node_resource(name: str) -> Resource:
+    """The Node of that name, and no other: with each of ten thousand nodes watching all, the API would do nothing
+    else."""
+    return Resource("Node", "/api/v1/nodes", field=f"metadata.name={name}", secondary=True, read=read_place)
 
 
 class Pace(Struct, frozen=True):
@@ -64,6 +84,8 @@ class Pace(Struct, frozen=True):
     backoff_least: float = 0.8
     backoff_most: float = 30.0
     older_seconds: float = 300.0
+    absent_seconds: float = 300.0
+    """Until a kind that the server does not have is asked for again."""
     page: int = 500
 
 
@@ -81,9 +103,16 @@ class Sink(Protocol):
     """Where the objects go."""
 
     def known(self, reading: Reading) -> Reading: ...
-    def put(self, kind: str, reading: Reading) -> None: ...
+    def put(self, kind: str, reading: Reading, trigger: str = "") -> None:
+        """Added or changed; `trigger`: what the object says of when its change began (RFC 3339)."""
+
     def remove(self, kind: str, name: ObjectName) -> None: ...
-    def replace(self, kind: str, readings: list[Reading]) -> None: ...
+    def replace(self, kind: str, readings: list[Reading], triggers: list[str]) -> None:
+        """A whole list; `triggers`: of those that are not as they were."""
+
+    def absent(self, kind: str) -> None:
+        """The server has no such kind for us."""
+
     def settled(self) -> None:
         """All that came together is in."""
 
@@ -111,8 +140,16 @@ class _Event(Struct, gc=False):
     object: Raw
 
 
-class _Version(Struct, frozen=True, gc=False, rename={"version": "resourceVersion"}):
+class _Trigger(Struct, frozen=True, gc=False, rename={"at": "endpoints.kubernetes.io/last-change-trigger-time"}):
+    at: str = ""
+
+
+_NO_TRIGGER = _Trigger()
+
+
+class _Version(Struct, frozen=True, gc=False, rename={"version": "resourceVersion", "annotations": "annotations"}):
     version: str = ""
+    annotations: _Trigger | None = None
 
 
 class _Versioned(Struct, gc=False):
@@ -155,6 +192,8 @@ class Reflector:
         """The newest resourceVersion seen."""
         self.dead_since: float | None = None
         """Seconds since the epoch; None = the watch (or the list before it) goes well."""
+        self.tried_at = time.time()
+        """When something was last asked of the server, or came from it: who still tries is not stuck."""
         self.last_error = "no list yet"
         self._transport = transport
         self._sink = sink
@@ -170,11 +209,15 @@ class Reflector:
     async def run(self) -> None:
         """List, watch, and begin again where it broke."""
         while True:
+            self.tried_at = time.time()
             try:
                 if self._relist:
                     await self._list()
                 await self._watch()
             except ApiError as error:
+                if self.resource.secondary and not self.version and error.status in (FORBIDDEN, NOT_FOUND):
+                    await self._do_without(error)
+                    continue
                 if error.status in (GONE, BAD_REQUEST):
                     self._relist = True
                 await self._pause(error)
@@ -192,9 +235,19 @@ class Reflector:
         self._backoff = min(self._backoff * 2, self._pace.backoff_most)
         await asyncio.sleep(pause)
 
+    async def _do_without(self, error: ApiError) -> None:
+        """The server never had this kind for us: go on, and ask again after a long while."""
+        if self.last_error != str(error):
+            self._log.info("not watched", kind=self.resource.kind, reason=printable(str(error), 500))
+        self.last_error, self.dead_since, self.listed = printable(str(error), 500), None, True
+        self._sink.absent(self.resource.kind)
+        self._sink.settled()
+        await self._transport.close()
+        await asyncio.sleep(self._pace.absent_seconds * random.uniform(0.8, 1.0))
+
     def _alive(self) -> None:
         """Something came from the server."""
-        self._heard = time.time()
+        self._heard = self.tried_at = time.time()
         if self.dead_since is not None:
             if self._told:
                 seconds = round(self._heard - self.dead_since, 1)
@@ -206,14 +259,16 @@ class Reflector:
     async def _list(self) -> None:
         """Take a whole list, page by page."""
         try:
-            version, readings = await self._pages(self._pace.page)
+            version, readings, triggers = await self._pages(self._pace.page)
         except ApiError as error:
             if error.status != GONE:
                 raise
-            version, readings = await self._pages(0)  # the pages' version was compacted meanwhile: all at once then
+            version, readings, triggers = await self._pages(
+                0
+            )  # the pages' version was compacted meanwhile: all at once then
         if self._out_of_date(version):
             raise ApiError(f"the server lists version {printable(version, 64)}, older than {self.version}, seen before")
-        self._sink.replace(self.resource.kind, readings)
+        self._sink.replace(self.resource.kind, readings, triggers)
         self.version, self._relist, self.listed = version, False, True
         self._heard = time.time()
         self._sink.settled()
@@ -227,16 +282,18 @@ class Reflector:
         self._older_since = now if self._older_since is None else self._older_since
         return now - self._older_since < self._pace.older_seconds
 
-    async def _pages(self, limit: int) -> tuple[str, list[Reading]]:
+    async def _pages(self, limit: int) -> tuple[str, list[Reading], list[str]]:
         kind, sink = self.resource.kind, self._sink
         readings: list[Reading] = []
+        triggers: list[str] = []
         version, onward = "", ""
         while True:
-            parameters = {"labelSelector": self.resource.selector}
+            parameters = self.resource.parameters()
             if limit:
                 parameters["limit"] = str(limit)
             if onward:
                 parameters["continue"] = onward
+            self.tried_at = time.time()
             text = await self._transport.get(self.resource.path, parameters)
             try:
                 page = _page.decode(text)
@@ -248,19 +305,21 @@ class Reflector:
                 raise ApiError("pages of one list are of different versions")
             version, onward = page.metadata.version, page.metadata.onward or ""
             for item in page.items or ():
-                reading = _read(item, kind)
+                reading = self._read(item)
                 if reading is not None:
-                    readings.append(sink.known(reading))
+                    known = sink.known(reading)
+                    readings.append(known)
+                    if known is reading and self.listed:
+                        triggers.append((_versioned.decode(item).metadata.annotations or _NO_TRIGGER).at)
             if not onward:
-                return version, readings
+                return version, readings, triggers
 
     # --------------------------------------------------------------------------------------------------- the watch
 
     async def _watch(self) -> None:
         """Take events until the server ends the watch as asked; ApiError for any other end."""
         seconds = self._pace.watch_seconds * random.uniform(0.8, 1.0)
-        parameters = {
-            "labelSelector": self.resource.selector,
+        parameters = self.resource.parameters() | {
             "watch": "true",
             "allowWatchBookmarks": "true",
             "resourceVersion": self.version,
@@ -269,18 +328,23 @@ class Reflector:
         started, came = time.monotonic(), False
         try:
             async with (
-                asyncio.timeout(seconds + self._pace.grace_seconds),
+                asyncio.timeout(seconds + self._pace.grace_seconds) as limit,
                 self._transport.stream(self.resource.path, parameters) as pieces,
             ):
                 self._alive()
                 async for lines in pieces:
-                    self._heard, came = time.time(), True
+                    self._heard = self.tried_at = time.time()
+                    came = True
                     try:
                         for line in lines:
                             self._take(line)
                     finally:
                         self._sink.settled()
                     self._backoff = self._pace.backoff_least
+                    # so much may have come that its end is still to be read: who talks is not dead
+                    ends = asyncio.get_running_loop().time() + self._pace.grace_seconds
+                    if ends > (limit.when() or ends):
+                        limit.reschedule(ends)
         except TimeoutError:
             raise ApiError("the watch did not end when it should have: it is dead") from None
         if not came and time.monotonic() - started < min(1.0, seconds / 4):
@@ -295,8 +359,9 @@ class Reflector:
             if event.type == "ERROR":
                 status = _status.decode(event.object)
                 raise ApiError(f"watch: {printable(status.message, 400)} ({status.code})", status.code)
-            version = _versioned.decode(event.object).metadata.version
-            reading = None if event.type == "BOOKMARK" else _read(event.object, kind)
+            metadata = _versioned.decode(event.object).metadata
+            version = metadata.version
+            reading = None if event.type == "BOOKMARK" else self._read(event.object)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             self._garbled += 1
             self._relist |= self._garbled > 1  # the same again: a list goes round it
@@ -305,13 +370,13 @@ class Reflector:
         if older(version, self.version):
             return
         if reading is not None and event.type in ("ADDED", "MODIFIED"):
-            self._sink.put(kind, reading)
+            self._sink.put(kind, reading, (metadata.annotations or _NO_TRIGGER).at)
         elif reading is not None and event.type == "DELETED" and reading.name is not None:
             self._sink.remove(kind, reading.name)
         self.version = version or self.version
 
-
-def _read(document: Raw, kind: str) -> Reading | None:
-    """An object of the kind that is asked for; None for one that is none of our business."""
-    reading = read_object(document, kind)
-    return reading if reading is None or reading.kind in (kind, "") else None
+    def _read(self, document: Raw) -> Reading | None:
+        """An object of the kind that is asked for; None for one that is none of our business."""
+        kind = self.resource.kind
+        reading = self.resource.read(document, kind)
+        return reading if reading is None or reading.kind in (kind, "") else None

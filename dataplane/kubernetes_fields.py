@@ -4,6 +4,7 @@ Readers take the raw value and a `Faults`, to which they say what is wrong and w
 whole object unusable, `note` leaves out the one part. They return the value, or a harmless one after a fault.
 """
 
+import datetime
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -89,6 +90,16 @@ def timestamp(text: str | None, field: str, faults: Faults) -> str:
         faults.note(field, f"{shown(text)} is not an RFC 3339 time; it is left out")
         return ""
     return text or ""
+
+
+def moment(text: str) -> float | None:
+    """RFC 3339 text as seconds since the epoch; None for anything else."""
+    if not _TIMESTAMP.fullmatch(text):
+        return None
+    try:
+        return datetime.datetime.fromisoformat(text.upper()).timestamp()
+    except (ValueError, OverflowError):
+        return None
 
 
 def choice(text: str | None, options: Sequence[str], field: str, faults: Faults) -> str:

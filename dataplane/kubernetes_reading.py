@@ -2,9 +2,29 @@
 
 from msgspec import Struct
 
-from dataplane.model import Address, EndpointSlice, ObjectName, Service
+from dataplane.model import Address, EndpointSlice, Network, ObjectName, Service
 
-Value = Service | tuple[EndpointSlice, ...]
+
+class NodeFacts(Struct, frozen=True):
+    """A Node, as far as a proxy needs it. `addresses`: its main ones, internal ones first.
+
+    `eligible`: load balancers may send to it (it is not being deleted, and the autoscaler is not about to).
+    """
+
+    name: str
+    zone: str = ""
+    pod_ranges: tuple[Network, ...] = ()
+    addresses: tuple[Address, ...] = ()
+    eligible: bool = True
+
+
+class ServiceRanges(Struct, frozen=True):
+    """A ServiceCIDR: where cluster IPs come from."""
+
+    ranges: tuple[Network, ...] = ()
+
+
+Value = Service | tuple[EndpointSlice, ...] | NodeFacts | ServiceRanges
 
 
 class Reading(Struct, frozen=True, gc=False):
@@ -14,7 +34,7 @@ class Reading(Struct, frozen=True, gc=False):
     name: ObjectName | None
     """None: the object does not even say who it is."""
     value: Value | None
-    """Of an EndpointSlice one slice; of v1 Endpoints one slice per subset and family."""
+    """Of an EndpointSlice one slice; of v1 Endpoints one slice per subset and family; of a Node its facts."""
     faults: tuple[tuple[str, str], ...] = ()
     """(field path, reason)."""
     weights: tuple[tuple[Address, int], ...] = ()

@@ -270,11 +270,15 @@ class Update(Struct, frozen=True):
     """What a source delivers: the Services that changed since its last Update, each with its whole new content.
 
     The first Update of a source holds everything it knows. None = no object names this Service any more.
-    `problems` are all that stand at this moment, not only the new ones.
+    `problems` are all that stand at this moment, not only the new ones. `place`: what the source says of this node
+    itself is no longer what it was. `triggers`: when the changes began that make up this Update, in seconds since the
+    epoch, as far as their objects say so.
     """
 
     changed: dict[ObjectName, ServiceView | None]
     problems: tuple[Problem, ...] = ()
+    place: bool = False
+    triggers: tuple[float, ...] = ()
 
 
 # ----------------------------------------------------------------------------------------------------- LVS words

@@ -221,20 +221,11 @@ class IpvsBackend:
 
     def __init__(self, options: Options) -> None:
         self._options = options
-        clients = Clients(
-            options.masquerade_all,
-            options.cluster_cidrs,
-            options.bridge_interface,
-            options.interface_prefix,
-            options.service_cidrs,
-        )
-        self._detection: Detection = clients
-        """How the guard's rules tell clients: these options say, until the kernel's rules have been read."""
         self._route = NetlinkSocket(NETLINK_ROUTE)
         self._netfilter = NetlinkSocket(NETLINK_NETFILTER)
         self._genl = NetlinkSocket(NETLINK_GENERIC)
         self._resolved: Encoder | None = None
-        self.guard = Guard(self._netfilter, clients)
+        self.renew(options)
         self.vips: VipBinding = VipRoutes(self._route) if options.vip_binding == "routes" else VipDevice(self._route)
         self.delivery = MarkedDelivery(self._route, DELIVERED, DELIVERED_MASK)
         self.delivers = False
@@ -276,6 +267,19 @@ class IpvsBackend:
             server.label,
             server.kind,
         )
+
+    def renew(self, options: Options) -> None:
+        """Another guard, whose rules the next `prepare` writes; its elements stay."""
+        clients = Clients(
+            options.masquerade_all,
+            options.cluster_cidrs,
+            options.bridge_interface,
+            options.interface_prefix,
+            options.service_cidrs,
+        )
+        self._detection: Detection = clients
+        """How the guard's rules tell clients: these options say, until the kernel's rules have been read."""
+        self.guard = Guard(self._netfilter, clients)
 
     def present(self) -> bool:
         """Our guard table or our device is there."""

@@ -82,6 +82,12 @@ class Entry(Struct, gc=False):
     external: bool = False
     allowed: tuple[Network, ...] = ()
 
+    def slim(self) -> None:
+        """For a whole entry that nobody changes any more: what is empty takes no memory of its own."""
+        numbers, shared, alive, idle = _NONE
+        self.numbers, self.shared = self.numbers or numbers, self.shared or shared
+        self.alive, self.idle = self.alive or alive, self.idle or idle
+
     def slots(self) -> list[Target | None]:
         """The endpoint of each slot the chain draws from; None = it leads nowhere."""
         place, kind, _, count = chain_parts(self.chain)

@@ -110,18 +110,8 @@ class NftablesBackend:
     picks = lay.SCHEDULER
 
     def __init__(self, options: Options) -> None:
-        clients = Clients(
-            options.masquerade_all,
-            options.cluster_cidrs,
-            options.bridge_interface,
-            options.interface_prefix,
-            options.service_cidrs,
-        )
-        self._detection: Detection = clients
-        """How the rules tell clients: these options say, until the kernel's rules have been read."""
         self._sock = NetlinkSocket(NETLINK_NETFILTER)
-        self._text = render(_TEXT.read_text(), clients.rules())
-        self._table = StaticTable(self._sock, TABLE, self._text, self._made_later)
+        self.renew(options)
         self._monitor: NetlinkSocket | None = None
         self._touched = False
         self._entries: dict[VirtualAddress, Entry] = {}
@@ -150,6 +140,20 @@ class NftablesBackend:
         if held.real_servers is reals:
             self._plain = reals
         return held
+
+    def renew(self, options: Options) -> None:
+        """Other rules, written by the next `prepare`; the elements stay."""
+        clients = Clients(
+            options.masquerade_all,
+            options.cluster_cidrs,
+            options.bridge_interface,
+            options.interface_prefix,
+            options.service_cidrs,
+        )
+        self._detection: Detection = clients
+        """How the rules tell clients: these options say, until the kernel's rules have been read."""
+        self._text = render(_TEXT.read_text(), clients.rules())
+        self._table = StaticTable(self._sock, TABLE, self._text, self._made_later)
 
     def present(self) -> bool:
         """Our table is there."""
@@ -593,11 +597,14 @@ class NftablesBackend:
                 found.refused = next((name for name, verdict in lay.REFUSALS.items() if verdict == one.data), "?")
                 found.comment = one.comment
             for one in self._dump(lay.ENDPOINTS[width]):
-                index = int.from_bytes(one.key[3], _NATIVE)
-                found = entry(one.key, index)
+                address, protocol, port, raw = one.key
+                index = int.from_bytes(raw, _NATIVE)
+                at = VirtualAddress(protocol, address, port, index >= lay.INSIDE)
+                held = entries.get(at)
+                if held is None:
+                    held = entries[at] = Entry()
                 if isinstance(one.data, bytes):
-                    found.endpoints[index] = _target(one.data)
-                at = VirtualAddress(one.key[1], one.key[0], one.key[2], index >= lay.INSIDE)
+                    held.endpoints[index] = _target(one.data)
                 packets[at, index] = one.packets
             for one in self._dump(lay.NUMBERS[width]):
                 if isinstance(one.data, bytes):
@@ -625,6 +632,7 @@ class NftablesBackend:
                 alike = {number: shared[number][0] for number in each.numbers.values() if number in shared}
                 each.shared = homes.same(alike)
                 used.update(each.shared)
+            each.slim()
         strays: dict[nft.SetWire, list[bytes]] = {}
         for number in shared.keys() - used:
             wire = lay.SHARED[len(shared[number][0][0])]

@@ -10,7 +10,7 @@ from typing import Literal
 
 from msgspec import Struct
 
-from .backend import NO_SETTINGS, Outcome, RealCounters, ServerReport, Transaction
+from .backend import NO_SETTINGS, Options, Outcome, RealCounters, ServerReport, Transaction
 from .drain import DrainKey
 from .errors import KernelError, Unanswered
 from .model import Address, VirtualAddress, VirtualServer
@@ -80,6 +80,7 @@ class FakeBackend:
         """How the next commits end; "ok" when empty."""
         self.commits: list[FakeTransaction] = []
         self.prepared = False
+        self.renewed: list[Options] = []
         self.touched = False
         self.kept: dict[DrainKey, float] = {}
         self.wants: dict[str, int] = {}
@@ -96,6 +97,10 @@ class FakeBackend:
     def express(self, server: VirtualServer) -> VirtualServer:
         """Contract."""
         return server
+
+    def renew(self, options: Options) -> None:
+        """Contract."""
+        self.renewed.append(options)
 
     def present(self) -> bool:
         """Contract."""

@@ -11,6 +11,8 @@ deletion. `faults` is asked before each answer and each event for what shall go 
 import asyncio
 import contextlib
 import json
+import re
+import ssl
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -32,8 +34,20 @@ Fault = Literal[
     "bookmark",  # a bookmark before the event
     "garbage",  # what a proxy says on a bad day
 ]
-PATHS = {"/api/v1/services": "Service", "/apis/discovery.k8s.io/v1/endpointslices": "EndpointSlice"}
-VERSIONS = {"Service": "v1", "EndpointSlice": "discovery.k8s.io/v1"}
+PATHS = {
+    "/api/v1/services": "Service",
+    "/apis/discovery.k8s.io/v1/endpointslices": "EndpointSlice",
+    "/api/v1/nodes": "Node",
+    "/apis/networking.k8s.io/v1/servicecidrs": "ServiceCIDR",
+}
+VERSIONS = {
+    "Service": "v1",
+    "EndpointSlice": "discovery.k8s.io/v1",
+    "Node": "v1",
+    "ServiceCIDR": "networking.k8s.io/v1",
+}
+NO_NAMESPACE = ("Node", "ServiceCIDR")
+EVENTS = re.compile(r"/apis/events\.k8s\.io/v1/namespaces/([a-z0-9-]+)/events")
 
 
 @dataclass(frozen=True)
@@ -65,6 +79,9 @@ class KubeApi:
     """The bearer token that is asked for; "" = none."""
     longest_watch: float = 60.0
     """Seconds after which a watch ends, whatever timeoutSeconds says."""
+    refused: dict[str, int] = field(default_factory=dict)
+    """Paths that are answered with a failure, and its code."""
+    tls: ssl.SSLContext | None = None
     version: int = 1000
     asked: list[Asked] = field(default_factory=list)
 
@@ -73,7 +90,8 @@ class KubeApi:
         self.history: list[Change] = []
         self.compacted = self.version
         self.watchers = 0
-        self.refuses = False
+        self.events: list[Object] = []
+        """What was posted."""
         self._news = asyncio.Event()
         self._server: asyncio.Server | None = None
         self._port = 0
@@ -105,6 +123,8 @@ class KubeApi:
     @staticmethod
     def _name(made: Object) -> str:
         meta = made["metadata"]
+        if made["kind"] in NO_NAMESPACE:
+            return str(meta["name"])
         return f"{meta.setdefault('namespace', 'default')}/{meta['name']}"
 
     def _changed(self, change: Change) -> None:
@@ -128,12 +148,12 @@ class KubeApi:
 
     async def start(self, host: str = "127.0.0.1") -> None:
         """Listen; again on the same port after `stop`."""
-        self._server = await asyncio.start_server(self._serve, host, self._port)
+        self._server = await asyncio.start_server(self._serve, host, self._port, ssl=self.tls)
         self._port = self._server.sockets[0].getsockname()[1]
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self._port}"
+        return f"http{'s' if self.tls else ''}://127.0.0.1:{self._port}"
 
     async def stop(self) -> None:
         """Refuse connections and break those that are open."""
@@ -153,12 +173,20 @@ class KubeApi:
         try:
             while True:
                 lines = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
-                split = urlsplit(lines[0].split()[1])
+                method, target, _ = lines[0].split()
+                split = urlsplit(target)
                 query = {key: values[0] for key, values in parse_qs(split.query).items()}
                 headers = {key.lower(): value for key, _, value in (line.partition(": ") for line in lines[1:] if line)}
+                body = await reader.readexactly(int(headers.get("content-length", "0")))
                 self.asked.append(Asked(split.path, query, headers))
                 if self.token and headers.get("authorization") != f"Bearer {self.token}":
                     await self._answer(writer, status(401, "Unauthorized"), 401)
+                elif split.path in self.refused:
+                    code = self.refused[split.path]
+                    await self._answer(writer, status(code, "refused by the test"), code)
+                elif method == "POST" and EVENTS.fullmatch(split.path):
+                    self.events.append(json.loads(body))
+                    await self._answer(writer, self.events[-1], 201)
                 elif split.path not in PATHS:
                     await self._answer(writer, status(404, "not found"), 404)
                 elif query.get("watch") == "true":
@@ -214,7 +242,7 @@ class KubeApi:
         if not start and fault == "old":
             version = max(self.compacted, self.version - 5)
         found = self._at(version, kind)
-        names = sorted(name for name, made in found.items() if matches(made, query.get("labelSelector", "")))
+        names = sorted(name for name, made in found.items() if matches(made, query))
         names = [name for name in names if name > start]
         limit = int(query.get("limit", "0")) or len(names)
         meta: Object = {"resourceVersion": str(version)}
@@ -235,7 +263,7 @@ class KubeApi:
     async def _watch(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, kind: str, query: dict[str, str]
     ) -> None:
-        since, selector = int(query["resourceVersion"]), query.get("labelSelector", "")
+        since = int(query["resourceVersion"])
         fault = self.faults("watch")
         if await self._fails(writer, fault, {}):
             return
@@ -254,8 +282,8 @@ class KubeApi:
                     return
                 for change in [each for each in self.history if each.version > since]:
                     since = change.version
-                    before = change.before is not None and matches(change.before, selector)
-                    after = change.after is not None and matches(change.after, selector)
+                    before = change.before is not None and matches(change.before, query)
+                    after = change.after is not None and matches(change.after, query)
                     if change.kind != kind or not (before or after):
                         continue
                     fault = self.faults("event")
@@ -314,10 +342,34 @@ def status(code: int, message: str) -> Object:
     return {"kind": "Status", "apiVersion": "v1", "status": "Failure", "message": message, "code": code}
 
 
-def matches(made: Object, selector: str) -> bool:
-    """A label selector of the form `!a,!b`."""
+def matches(made: Object, query: dict[str, str]) -> bool:
+    """A label selector of the form `!a,!b`, and a field selector of the form `metadata.name=a`."""
     labels = made["metadata"].get("labels") or {}
-    return not any(part.removeprefix("!") in labels for part in selector.split(",") if part)
+    name = query.get("fieldSelector", "").removeprefix("metadata.name=")
+    if name and made["metadata"]["name"] != name:
+        return False
+    return not any(part.removeprefix("!") in labels for part in query.get("labelSelector", "").split(",") if part)
+
+
+def node(name: str, zone: str = "", *ranges: str, addresses: dict[str, str] | None = None, **spec: Any) -> Object:
+    """A Node; `addresses` by type."""
+    return {
+        "apiVersion": "v1",
+        "kind": "Node",
+        "metadata": {"name": name, "labels": {"topology.kubernetes.io/zone": zone} if zone else {}},
+        "spec": {"podCIDR": ranges[0], "podCIDRs": list(ranges), **spec} if ranges else spec,
+        "status": {"addresses": [{"type": kind, "address": each} for kind, each in (addresses or {}).items()]},
+    }
+
+
+def service_cidr(name: str, *ranges: str) -> Object:
+    """A ServiceCIDR."""
+    return {
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "ServiceCIDR",
+        "metadata": {"name": name},
+        "spec": {"cidrs": list(ranges)},
+    }
 
 
 def service(name: str, address: str = "10.96.0.10", port: int = 80, labels: dict[str, str] | None = None) -> Object:

@@ -8,6 +8,7 @@ import os
 import pytest
 
 from dataplane.agent import Agent, AgentOptions
+from dataplane.backend import Options
 from dataplane.desired import Rules
 from dataplane.errors import KernelError
 from dataplane.reconciler import Reconciler
@@ -27,6 +28,9 @@ class DeafNode:
 
     def changed(self) -> bool:
         return True
+
+    def options(self) -> Options:
+        return Options()
 
     def rules(self) -> Rules:
         self.readings += 1

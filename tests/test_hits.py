@@ -38,6 +38,7 @@ def world(lane: Lane) -> Iterator[Topology]:
 @pytest.fixture
 def agent(world: Topology, lane: Lane, tmp_path: Path) -> Iterator[NodeAgent]:
     with node_agent(world.node, tmp_path, *lane.arguments, "--resync-seconds", "3", "--drain-seconds", "1") as started:
+        started.probe = "auto"
         started.write(manifest([pod.addresses for pod in world.pods]))
         started.start()
         eventually("a probe, or why not", lambda: COMPILING not in counters(started)["counts"]["reason"], 120)

@@ -1,6 +1,7 @@
 """The reflector against a scripted API server: nothing lost, nothing resurrected, whatever goes wrong between them."""
 
 import asyncio
+import datetime
 import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -16,7 +17,7 @@ from dataplane.kube_transport import ConfigFault, KubeTransport, kubeconfig_read
 from dataplane.kube_watch import Pace, older
 from dataplane.model import ObjectName, ServiceView, format_address
 
-from .kube_api import Fault, KubeApi, endpoint_slice, kubeconfig, service
+from .kube_api import Fault, KubeApi, endpoint_slice, kubeconfig, node, service, service_cidr
 from .lanes import scaled
 
 QUICK = Pace(watch_seconds=0.2, grace_seconds=0.1, backoff_least=0.005, backoff_most=0.05, older_seconds=60, page=3)
@@ -41,10 +42,12 @@ class Follower:
         self.log = log
         self.seen: dict[ObjectName, ServiceView] = {}
         self.updates: list[dict[ObjectName, ServiceView | None]] = []
+        self.triggers: list[float] = []
 
     async def follow(self) -> None:
         async for update in self.source.updates():
             self.updates.append(update.changed)
+            self.triggers += update.triggers
             for name, view in update.changed.items():
                 if view is None:
                     self.seen.pop(name, None)
@@ -53,6 +56,10 @@ class Follower:
 
     def ports(self) -> dict[str, int]:
         return {each.service.name.name: each.service.ports[0].port for each in self.seen.values() if each.service}
+
+    def where(self) -> str:
+        known = self.source.place.node
+        return known.zone if known else ""
 
     def endpoints(self) -> dict[str, list[str]]:
         return {
@@ -68,9 +75,7 @@ async def following(api: KubeApi, tmp_path: Path, pace: Pace = CALM) -> AsyncIte
     path.write_text(kubeconfig(api.url, {"token": api.token} if api.token else None))
     read, log = kubeconfig_reader(str(path)), Log()
     answer_seconds = 10 if pace is CALM else 0.3
-    source = KubernetesSource(
-        api.url, [KubeTransport(read, answer_seconds), KubeTransport(read, answer_seconds)], log, pace
-    )
+    source = KubernetesSource(api.url, lambda: KubeTransport(read, answer_seconds), log, "node-1", pace)
     follower = Follower(source, log)
     task = asyncio.create_task(follower.follow())
     try:
@@ -202,8 +207,8 @@ def test_an_outage_changes_nothing_and_is_told_once_with_its_time(tmp_path: Path
             await api.start()
             await until(lambda: not any(each.dead_since for each in follower.source.reflectors))
             assert len(follower.updates) == before
-            told = sorted((event, fields["kind"]) for event, fields in follower.log.lines)
-            kinds = ("EndpointSlice", "Service")
+            told = sorted((event, fields["kind"]) for event, fields in follower.log.lines if event.startswith("watch"))
+            kinds = ("EndpointSlice", "Node", "Service", "ServiceCIDR")
             assert told == [(event, kind) for event in ("watch lost", "watch restored") for kind in kinds]
 
     played(story)
@@ -257,7 +262,7 @@ def test_a_watch_that_dies_in_silence_is_noticed_and_begun_again(tmp_path: Path)
         silent = [True]
         api.faults = lambda what: "silence" if what == "event" and silent[0] else ""
         async with following(api, tmp_path, QUICK) as follower:
-            await until(lambda: follower.source.reflectors[0].listed and api.watchers)
+            await until(lambda: follower.source.reflectors[0].listed and api.watchers == 4)
             api.put(service("a"))
             await until(lambda: any(event == "watch lost" for event, _ in follower.log.lines))
             assert not follower.seen
@@ -315,6 +320,137 @@ def test_a_burst_of_changes_becomes_a_handful_of_updates(tmp_path: Path) -> None
                 await asyncio.sleep(0)
             await until(lambda: set(follower.ports().values()) == {1019}, 30)
             assert len(follower.updates) < 40
+
+    played(story)
+
+
+def test_five_thousand_changes_in_a_moment_are_a_handful_of_updates_that_name_each_service_once(tmp_path: Path) -> None:
+    async def story(api: KubeApi) -> None:
+        for number in range(500):
+            api.put(service(f"s{number}"))
+        async with following(api, tmp_path, Pace()) as follower:
+            await until(lambda: len(follower.seen) == 500 and api.watchers == 4)
+            before = len(follower.updates)
+            for round_ in range(10):
+                for number in range(500):
+                    api.put(service(f"s{number}", port=1000 + round_))
+            await until(lambda: set(follower.ports().values()) == {1009}, 60)
+            assert len(follower.updates) - before <= 20
+            assert all(len(update) <= 500 for update in follower.updates)
+
+    played(story)
+
+
+# ------------------------------------------------------------------------------------------------------- the place
+
+
+def test_this_node_alone_is_watched_and_the_service_cidrs(tmp_path: Path) -> None:
+    async def story(api: KubeApi) -> None:
+        api.put(node("other", "zone-b"))
+        api.put(node("node-1", "zone-a", "10.244.1.0/24", "fd00:1::/64", addresses={"InternalIP": "192.0.2.1"}))
+        api.put(service_cidr("kubernetes", "10.96.0.0/12", "fd00:96::/112"))
+        api.put(service("a"))
+        async with following(api, tmp_path) as follower:
+            await until(lambda: follower.seen)
+            place = follower.source.place
+            assert follower.source.status()["node"] == {
+                "name": "node-1",
+                "there": True,
+                "zone": "zone-a",
+                "podCIDRs": ["10.244.1.0/24", "fd00:1::/64"],
+                "serviceCIDRs": ["10.96.0.0/12", "fd00:96::/112"],
+                "eligible": True,
+            }
+            before = len(follower.updates)
+            api.put(node("other", "zone-c"))
+            api.put(node("node-1", "zone-z", "10.244.1.0/24"))
+            await until(lambda: place.node and place.node.zone == "zone-z")
+            await until(lambda: len(follower.updates) > before)
+            assert follower.updates[before:] == [{}]
+            api.put(service_cidr("more", "10.80.0.0/16"))
+            await until(lambda: len(place.service_ranges) == 3)
+
+    api = played(story)
+    asked = [each.query for each in api.asked if each.path == "/api/v1/nodes"]
+    assert {each["fieldSelector"] for each in asked} == {"metadata.name=node-1"}
+
+
+def test_load_balancers_leave_a_node_that_goes_and_come_back_to_one_that_stays(tmp_path: Path) -> None:
+    async def story(api: KubeApi) -> None:
+        api.put(node("node-1", "zone-a"))
+        async with following(api, tmp_path) as follower:
+            await until(lambda: follower.source.place.node)
+            assert follower.source.eligible
+            taint = {"key": "ToBeDeletedByClusterAutoscaler", "effect": "NoSchedule"}
+            api.put(node("node-1", "zone-a", taints=[taint]))
+            await until(lambda: not follower.source.eligible)
+            api.put(node("node-1", "zone-a", taints=[{"key": "other"}]))
+            await until(lambda: follower.source.eligible)
+            leaving = node("node-1", "zone-a")
+            leaving["metadata"]["deletionTimestamp"] = "2026-11-24T20:00:00Z"
+            api.put(leaving)
+            await until(lambda: not follower.source.eligible)
+            api.put(node("node-1", "zone-a"))
+            await until(lambda: follower.source.eligible)
+            api.delete("Node", "node-1")
+            await until(lambda: not follower.source.eligible)
+            assert follower.where() == "zone-a"
+
+    played(story)
+
+
+def test_a_server_without_service_cidrs_or_that_hides_nodes_is_no_obstacle(tmp_path: Path) -> None:
+    async def story(api: KubeApi) -> None:
+        api.refused = {"/apis/networking.k8s.io/v1/servicecidrs": 404, "/api/v1/nodes": 403}
+        api.put(service("a"))
+        async with following(api, tmp_path) as follower:
+            await until(lambda: follower.seen)
+            assert follower.source.eligible
+            assert follower.source.dead_since() is None
+            assert sorted(fields["kind"] for event, fields in follower.log.lines if event == "not watched") == [
+                "Node",
+                "ServiceCIDR",
+            ]
+
+    played(story)
+
+
+def test_a_name_that_no_node_has_is_told(tmp_path: Path) -> None:
+    async def story(api: KubeApi) -> None:
+        api.put(node("node-1.example.org", "zone-a"))
+        async with following(api, tmp_path) as follower:
+            await until(lambda: any(event == "no Node of this name" for event, _ in follower.log.lines))
+            assert not follower.source.eligible
+
+    played(story)
+
+
+def test_when_a_change_began_goes_with_the_update_that_it_makes(tmp_path: Path) -> None:
+    def triggered(seconds: float, address: str) -> dict[str, Any]:
+        made = endpoint_slice("a-1", "a", address)
+        moment = datetime.datetime.fromtimestamp(time.time() + seconds, datetime.UTC)
+        made["metadata"]["annotations"] = {"endpoints.kubernetes.io/last-change-trigger-time": moment.isoformat()}
+        return made
+
+    async def story(api: KubeApi) -> None:
+        api.put(service("a"))
+        api.put(triggered(5, "10.244.0.1"))  # what a first list says is no change
+        async with following(api, tmp_path) as follower:
+            await until(lambda: follower.seen and api.watchers == 4)
+            assert not follower.triggers
+            api.put(triggered(0.5, "10.244.0.2"))
+            await until(lambda: len(follower.triggers) == 1)
+            assert abs(follower.triggers[0] - time.time()) < 5
+            api.put(triggered(0.6, "10.244.0.2"))  # the annotation alone
+            api.put(triggered(-3600, "10.244.0.3"))  # before this process was
+            await until(lambda: follower.endpoints() == {"a-1": ["10.244.0.3"]})
+            assert len(follower.triggers) == 1
+            await api.stop()  # what changes in an outage is found by a list
+            api.put(triggered(0.7, "10.244.0.4"))
+            api.compact()
+            await api.start()
+            await until(lambda: follower.endpoints() == {"a-1": ["10.244.0.4"]})
+            assert len(follower.triggers) == 2
 
     played(story)
 
@@ -424,6 +560,7 @@ async def schedule(seed: int, tmp_path: Path) -> None:
     chance = random.Random(seed)
     trouble = chance.choice((0.05, 0.2, 0.5))
     calm = [False]
+    places: list[str] = []
 
     def faults(what: str) -> Fault:
         return "" if calm[0] or chance.random() > trouble else chance.choice(FAULTS[what])
@@ -442,6 +579,10 @@ async def schedule(seed: int, tmp_path: Path) -> None:
             address = f"10.244.{number // 250}.{number % 250 + 1}"
             api.put(endpoint_slice(f"{name}-x", name, address))
             addresses.add(f"{name}-x", [address])
+        elif what < 0.75:
+            places.append(f"zone-{number}")
+            api.put(node("node-1", places[-1]))
+            api.put(service_cidr("kubernetes", f"10.{number % 200}.0.0/16"))
         elif what < 0.9:
             kind, key = chance.choice((("Service", name), ("EndpointSlice", f"{name}-x")))
             if (kind, f"default/{key}") in api.objects:
@@ -479,6 +620,7 @@ async def schedule(seed: int, tmp_path: Path) -> None:
             check()
             return follower.ports() == {name: states[-1] for name, states in ports.states.items() if states[-1]} and (
                 follower.endpoints() == {name: states[-1] for name, states in addresses.states.items() if states[-1]}
+                and follower.where() == (places[-1] if places else "")
             )
 
         try:

@@ -208,7 +208,7 @@ def test_an_agent_killed_while_legacy_tables_change_over_is_repaired(agent: Node
 
 @pytest.mark.ipvs
 def test_an_agent_killed_while_ipvs_changes_over_is_repaired(agent: NodeAgent, world: Topology) -> None:
-    _kill(agent, world, [IPVS, NFTABLES], 6)
+    _kill(agent, world, [IPVS, NFTABLES], 3)
 
 
 def _kill(agent: NodeAgent, world: Topology, modes: Sequence[Sequence[str]], rounds: int) -> None:
@@ -223,7 +223,9 @@ def _kill(agent: NodeAgent, world: Topology, modes: Sequence[Sequence[str]], rou
             agent.stop()
             load.phase = f"{number}: {modes[now][0]} to {modes[1 - now][0]}, killed"
             with subprocess.Popen(
-                agent.command("run", "-f", str(agent.file), "--log-format", "json", "--mode", *modes[1 - now]),
+                agent.command(
+                    "run", "-f", str(agent.file), "--log-format", "json", "--probe", "off", "--mode", *modes[1 - now]
+                ),
                 stdin=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 text=True,

@@ -39,14 +39,17 @@ from dataplane.nftables_messages import (
     IPV6,
     PORT,
     PROTOCOL,
+    CounterAttrs,
     Element,
+    ElementAttrs,
+    ExpressionAttrs,
     SetWire,
     comment_of,
     describe,
     goto,
     signed,
 )
-from dataplane.nlattr import u32_bytes
+from dataplane.nlattr import header, u32_bytes, walk
 from tests.netns import NetNs
 
 TABLE = "t-1"
@@ -154,6 +157,47 @@ def test_a_range_has_a_first_and_a_last_key() -> None:
 def test_verdicts_can_be_read(port: int, verdict: tuple[int, str]) -> None:
     (message,) = VERDICTS.add([VERDICTS.element(port, verdict=verdict)])
     assert VERDICTS.elements_in(message) == [Element((port,), "", None, verdict)]
+
+
+@given(
+    st.sampled_from([ACCEPT, DROP, goto("second"), b"\1\2\3\4\0\x50\0\0"]),
+    st.none() | st.tuples(st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1)),
+    COMMENTS,
+    st.booleans(),
+)
+def test_values_counters_and_comments_are_read_as_the_codec_does(
+    data: bytes | tuple[int, str], counted: tuple[int, int] | None, comment: str, flags: bool
+) -> None:
+    """As the kernel dumps them: without NLA_F_NESTED, and the comment last."""
+    code, chain = (0, "") if isinstance(data, bytes) else data
+    verdict = {"code": code & 0xFFFFFFFF} | ({"chain": chain} if chain else {})
+    values: dict[str, Any] = {"key": {"value": b"\x1f\x90"}}
+    values["data"] = {"value": data} if isinstance(data, bytes) else {"verdict": verdict}
+    if counted is not None:
+        counter = CounterAttrs.encode(bytes=counted[0], packets=counted[1])
+        values["expression"] = ExpressionAttrs.encode(name="counter", data=counter)
+    if flags:
+        values["flags"] = 2  # nothing of ours: the codec reads it
+    if comment:
+        values["userdata"] = bytes([0, len(comment) + 1]) + comment.encode() + b"\0"
+    element = unflagged(ElementAttrs.encode(**values))
+    answer = bytes(BODY) + header(len(element) + 4, 3) + header(len(element), 1) + element
+    packets = 0 if counted is None else counted[1]
+    assert VERDICTS.elements_in(answer) == [Element((0x1F90,), comment, None, data, packets)]
+
+
+def unflagged(attributes: bytes) -> bytes:
+    """Attributes without NLA_F_NESTED, at every depth."""
+    plain = bytearray(attributes)
+
+    def clear(start: int, end: int) -> None:
+        for _, first, stop in walk(plain, start, end):
+            if plain[first - 1] & 0x80:
+                plain[first - 1] &= 0x7F
+                clear(first, stop)
+
+    clear(0, len(plain))
+    return bytes(plain)
 
 
 def test_lists_are_cut_before_a_message_gets_too_long_for_its_length_field() -> None:

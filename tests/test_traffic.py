@@ -290,6 +290,7 @@ def test_no_connection_fails_while_everything_changes(
         return manifest([world.pods[number].addresses for number in current])
 
     began = time.monotonic()
+    agent.probe = "auto"  # that comes and goes under traffic as well
     agent.start()
     with storm(world.client, (VIP, VIP6), 80, long_lived=scaled(200, least=20)) as running:
         for part in range(kills):

@@ -36,6 +36,7 @@ def world(lane: Lane) -> Iterator[Topology]:
 def agent(world: Topology, lane: Lane, tmp_path: Path) -> Iterator[NodeAgent]:
     with node_agent(world.node, tmp_path, *lane.arguments, "--resync-seconds", "3") as started:
         started.metrics = f"127.0.0.1:{PORT}"
+        started.probe = "auto"
         started.write(manifest([pod.addresses for pod in world.pods]))
         yield started
     started.run("cleanup", "--all")

@@ -1,7 +1,7 @@
 """kube-proxy's flags on `run`: hidden options that mean what the fields of a KubeProxyConfiguration mean.
 
 Those of its flags that are options of ours anyway (--kubeconfig, --cluster-cidr, --masquerade-all,
---metrics-bind-address) are not here. Flags of Kubernetes 1.36, and some that it has given up.
+--metrics-bind-address, --healthz-bind-address) are not here. Flags of Kubernetes 1.36, and some that it has given up.
 """
 
 import re
@@ -26,7 +26,6 @@ FLAGS: dict[str, Flag] = {
     "proxy-mode": Flag("mode"),
     "hostname-override": Flag("hostnameOverride"),
     "bind-address": Flag("bindAddress"),
-    "healthz-bind-address": Flag("healthzBindAddress"),
     "bind-address-hard-fail": Flag("bindAddressHardFail", "bool"),
     "profiling": Flag("enableProfiling", "bool"),
     "show-hidden-metrics-for-version": Flag("showHiddenMetricsForVersion"),

@@ -12,9 +12,11 @@ from ..errors import InputError, NotRoot, PreflightError, UsageError
 from ..printable import printable
 
 if TYPE_CHECKING:
-    from ..backend import Backend
+    from ..backend import Backend, Options
     from ..configuration import Configuration
     from ..desired import Rules
+    from ..kube_events import EventWriter
+    from ..kube_place import Place
     from ..kube_source import KubernetesSource
     from ..kube_watch import Log
     from ..manifest_files import ManifestFiles
@@ -74,10 +76,10 @@ def _each_of(field: str) -> Callable[[click.Context, click.Parameter, tuple[str,
 
 def metrics_address(_ctx: click.Context, _: click.Parameter, value: str | None) -> str | None:
     """ADDRESS:PORT of an option, or ""."""
-    from ..configuration import metrics_listen
+    from ..configuration import AUTO, metrics_listen
 
     try:
-        metrics_listen(value or "")
+        metrics_listen("" if value in (None, AUTO) else value)
     except ValueError as error:
         raise click.BadParameter(printable(str(error))) from None
     return value
@@ -177,6 +179,9 @@ kernel_options = together(
         callback=_each_of("cluster_cidrs"),
         help="Pod address range: clients outside are masqueraded; repeatable, or comma-separated.",
     ),
+    click.option(
+        "--node-cidr", is_flag=True, default=None, help="Or: the pod ranges that the cluster gave this node are pods."
+    ),
     click.option("--bridge-interface", metavar="NAME", help="Or: clients behind this bridge are pods."),
     click.option(
         "--interface-name-prefix", metavar="PREFIX", help="Or: clients behind interfaces whose names begin so are pods."
@@ -252,12 +257,17 @@ def open_kernel(settings: "Configuration") -> "Backend":
     return open_backend(settings.mode, settings.options())
 
 
-def open_cluster(settings: "Configuration", log: "Log") -> "KubernetesSource | None":
-    """The Kubernetes API as the source; None when the settings name none. InputError when it cannot be used."""
-    if not settings.kubeconfig and not settings.in_cluster:
+def open_cluster(settings: "Configuration", log: "Log") -> "tuple[KubernetesSource, EventWriter] | None":
+    """The Kubernetes API as the source, and where its Events go; None when the settings name none. InputError when it
+    cannot be used."""
+    if not settings.from_cluster:
+        if settings.node_cidr:
+            raise UsageError("--node-cidr needs a Kubernetes API (--kubeconfig or --in-cluster), which knows the range")
         return None
     if bool(settings.kubeconfig) + settings.in_cluster + bool(settings.manifests) > 1:
         raise UsageError("one source is expected: manifests (-f), --kubeconfig or --in-cluster")
+    from ..configuration import default_node_name
+    from ..kube_events import EventWriter
     from ..kube_source import KubernetesSource
     from ..kube_transport import ConfigFault, KubeTransport, kubeconfig_reader, server_name, service_account_reader
     from ..model import Problem
@@ -269,7 +279,8 @@ def open_cluster(settings: "Configuration", log: "Log") -> "KubernetesSource | N
     except ConfigFault as fault:
         reason = printable(str(fault), 500)
         raise InputError([Problem(printable(path or "--in-cluster", 4096), 0, "", "", reason)]) from None
-    return KubernetesSource(server, (KubeTransport(read), KubeTransport(read)), log)
+    name = settings.node_name or default_node_name()
+    return KubernetesSource(server, lambda: KubeTransport(read), log, name), EventWriter(KubeTransport(read), name, log)
 
 
 def open_source(settings: "Configuration") -> "ManifestFiles":
@@ -279,7 +290,7 @@ def open_source(settings: "Configuration") -> "ManifestFiles":
     from ..manifest_files import ManifestFiles
     from ..model import Problem
 
-    if settings.kubeconfig or settings.in_cluster:
+    if settings.from_cluster:
         raise UsageError("only run reads from a Kubernetes API; name manifests with -f")
     if not settings.manifests:
         raise UsageError("no manifests: name a file or directory with -f, or in the file of --config")
@@ -290,18 +301,39 @@ def open_source(settings: "Configuration") -> "ManifestFiles":
 
 
 class SettledNode:
-    """This node as the settings have it, and its addresses as the kernel has them."""
+    """This node as the settings have it, its addresses as the kernel has them, and the rest as the cluster says."""
 
-    def __init__(self, settings: "Configuration") -> None:
+    def __init__(self, settings: "Configuration", place: "Place | None" = None) -> None:
         from ..netlink_node import NodeAddresses
 
         self._settings = settings
+        self._place = place
         self._addresses = NodeAddresses()
         self.fileno, self.changed, self.close = self._addresses.fileno, self._addresses.changed, self._addresses.close
 
     def rules(self) -> "Rules":
         """The rules that go with the addresses of this moment."""
-        return self._settings.rules(self._addresses.read())
+        from msgspec.structs import replace
+
+        rules = self._settings.rules(self._addresses.read())
+        node = self._place.node if self._place is not None else None
+        if node is None:
+            return rules
+        return replace(rules, zone=rules.zone or node.zone, node_ips=rules.node_ips or node.addresses)
+
+    def options(self) -> "Options":
+        """The mode's options: ranges of pods and of cluster IPs may come from the cluster."""
+        from msgspec.structs import replace
+
+        options, place = self._settings.options(), self._place
+        if place is None:
+            return options
+        pods = place.node.pod_ranges if self._settings.node_cidr and place.node is not None else ()
+        return replace(
+            options,
+            cluster_cidrs=tuple(dict.fromkeys((*options.cluster_cidrs, *pods))),
+            service_cidrs=options.service_cidrs or place.service_ranges,
+        )
 
 
 def make_reconciler(settings: "Configuration", backend: "Backend") -> "Reconciler":

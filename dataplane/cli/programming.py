@@ -64,6 +64,12 @@ if TYPE_CHECKING:
     help="Where metrics and the page to watch are served; '' for nowhere; default 127.0.0.1:10249.",
 )
 @click.option(
+    "--healthz-bind-address",
+    metavar="ADDRESS:PORT",
+    callback=metrics_address,
+    help="Where /healthz and /livez are served; '' for nowhere; default 0.0.0.0:10256 with a Kubernetes API.",
+)
+@click.option(
     "--metrics-max-series",
     type=click.IntRange(0, 10_000_000),
     help="Metrics of Services and backends, beyond which those of backends are left out; default 100000.",
@@ -97,7 +103,7 @@ def run(ctx: click.Context, /, config_file: str | None, init_only: bool, **given
     """
     import asyncio
 
-    from ..agent import Agent, AgentOptions
+    from ..agent import Agent, AgentOptions, NoEvents
     from ..bpf.probe_start import ProbeStart
     from ..configuration import metrics_listen
     from ..journal import open_journal
@@ -113,7 +119,9 @@ def run(ctx: click.Context, /, config_file: str | None, init_only: bool, **given
     if init_only:
         _prepare_only(settings, log)
         return
-    source = open_cluster(settings, log) or open_source(settings)
+    opened = open_cluster(settings, log)
+    cluster, events = opened or (None, None)
+    source = cluster or open_source(settings)
     backend = open_kernel(settings)
     reconciler = make_reconciler(settings, backend)
     try:
@@ -125,12 +133,17 @@ def run(ctx: click.Context, /, config_file: str | None, init_only: bool, **given
 
         switch = open_switch(settings, reconciler, tell)
         try:
-            with contextlib.closing(SettledNode(settings)) as node:
+            with contextlib.closing(SettledNode(settings, cluster.place if cluster else None)) as node:
                 options = AgentOptions(resync_seconds=settings.resync_seconds)
                 start_probe = ProbeStart if settings.probe == "auto" else None
                 listen = metrics_listen(settings.metrics_bind_address)
                 web = WebChild(listen, log, settings.metrics_max_series) if listen else None
-                agent = Agent(reconciler, source, options, log, node, switch, start_probe, web, manager)
+                agent = Agent(
+                    *(reconciler, source, options, log, node, switch, start_probe, web, manager),
+                    healthz=settings.healthz(),
+                    cluster=cluster,
+                    events=events or NoEvents(),
+                )
                 asyncio.run(agent.run())
         finally:
             switch.close()

@@ -11,7 +11,7 @@ from typing import Any
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
 from .. import __version__
-from ..figures import BUCKETS
+from ..figures import BUCKETS, PROGRAMMING_BUCKETS
 from ..printable import printable
 from ..rows import RealServerRow, ServiceRow
 from .viewing import View
@@ -193,9 +193,11 @@ def _agent(status: Mapping[str, Any]) -> Iterator[Metric]:
     yield _gauge("leaving_modes", "Other modes that have not gone yet.", len(status["leavingModes"]))
 
 
-def _histogram(family: HistogramMetricFamily, labels: Sequence[str], told: Mapping[str, Any]) -> None:
+def _histogram(
+    family: HistogramMetricFamily, labels: Sequence[str], told: Mapping[str, Any], bounds: Sequence[float] = BUCKETS
+) -> None:
     total, buckets = 0, []
-    for bound, count in zip((*map(str, BUCKETS), "+Inf"), told["counts"], strict=True):
+    for bound, count in zip((*map(str, bounds), "+Inf"), told["counts"], strict=True):
         total += count
         buckets.append((bound, float(total)))
     family.add_metric(labels, buckets, told["sum"])
@@ -253,6 +255,18 @@ def _kube_proxy(status: Mapping[str, Any]) -> Iterator[Metric]:
         family = HistogramMetricFamily(f"kubeproxy_{name}", text)
         _histogram(family, [], told)
         yield family
+    programming = HistogramMetricFamily(
+        "kubeproxy_network_programming_duration_seconds",
+        "From the change of an endpoint (its EndpointSlice's last-change-trigger-time) to the kernel's answer.",
+    )
+    _histogram(programming, [], figures["networkProgramming"], PROGRAMMING_BUCKETS)
+    yield programming
+    for path in ("healthz", "livez"):
+        checks = CounterMetricFamily(f"kubeproxy_proxy_{path}", f"Answers of /{path}.", labels=["code"])
+        for name, count in figures["proxyChecks"].items():
+            if name.startswith(f"{path} "):
+                checks.add_metric([name.split()[1]], count)
+        yield checks
     yield CounterMetricFamily(
         "kubeproxy_conntrack_reconciler_deleted_entries", "Entries deleted.", value=figures["conntrackDeleted"]
     )
