@@ -103,12 +103,12 @@ class Configuration(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         tuple[str, ...],
         Meta(description="Pod address ranges; clients outside them are masqueraded."),
     ] = ()
-    bridge_interface: Annotated[
-        str, Meta(pattern="^[A-Za-z0-9_.-]{0,15}$", description="Clients behind this bridge are pods.")
-    ] = ""
     node_cidr: Annotated[
         bool, Meta(description="Or: the pod ranges of this node's Node object are pods; needs a Kubernetes API.")
     ] = False
+    bridge_interface: Annotated[
+        str, Meta(pattern="^[A-Za-z0-9_.-]{0,15}$", description="Clients behind this bridge are pods.")
+    ] = ""
     interface_name_prefix: Annotated[
         str, Meta(pattern="^[A-Za-z0-9_.-]{0,15}$", description="Clients behind interfaces named so are pods.")
     ] = ""

@@ -47,7 +47,7 @@ class KubernetesSource:
         node_name: str,
         pace: Pace = Pace(),  # noqa: B008 (frozen)
     ) -> None:
-        self._server = server
+        self.server = server
         self._store = Store()
         self.place = Place(node_name, log)
         """Where this node is, as the cluster says."""
@@ -187,6 +187,10 @@ class KubernetesSource:
         dead = [each.dead_since for each in self.reflectors if each.dead_since and not each.resource.secondary]
         return min(dead, default=None)
 
+    def last_error(self) -> str:
+        """Why it does not go on."""
+        return next((each.last_error for each in self.reflectors if each.last_error), "no whole list in time")
+
     def stuck(self) -> bool:
         """Some watch has stopped trying, which only a new process mends."""
         oldest = min(each.tried_at for each in self.reflectors if not each.resource.secondary)
@@ -197,7 +201,7 @@ class KubernetesSource:
         counts = self._store.counts() | self.place.counts()
         return {
             "kind": "kubernetes",
-            "server": self._server,
+            "server": self.server,
             "node": self.place.status(),
             "watches": {
                 each.resource.kind: {

@@ -13,6 +13,7 @@ import os
 import socket
 import ssl
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from pathlib import Path
 
 import httpx2
 import msgspec
@@ -111,6 +112,22 @@ def _auth(config: SingleConfig) -> httpx2.Auth | None:
     return found
 
 
+def _look_for_files(config: SingleConfig) -> None:
+    """ConfigFault names a certificate file that cannot be read; what OpenSSL says of it does not."""
+    user = config.user or User()
+    for field, path in (
+        ("certificate-authority", config.cluster.certificate_auth),
+        ("client-certificate", user.client_cert),
+        ("client-key", user.client_key),
+    ):
+        if path:
+            try:
+                with Path(config.abs_file(path)).open("rb"):
+                    pass
+            except OSError as error:
+                raise ConfigFault(f"{field} {path}: {(error.strerror or str(error)).lower()}") from None
+
+
 class KubeTransport:
     """One connection to the API server, or none for the moment. Failures are ApiErrors."""
 
@@ -123,6 +140,8 @@ class KubeTransport:
         if self._client is None:
             config = self._read_config()
             secure = config.cluster.server.startswith("https://")
+            if secure:
+                _look_for_files(config)
             try:
                 verify = verify_cluster(config.cluster, config.user or User(), config.abs_file) if secure else False
             except (ValueError, OSError) as error:  # ssl.SSLError and binascii.Error are such

@@ -80,7 +80,6 @@ class FakeBackend:
         """How the next commits end; "ok" when empty."""
         self.commits: list[FakeTransaction] = []
         self.prepared = False
-        self.renewed: list[Options] = []
         self.touched = False
         self.kept: dict[DrainKey, float] = {}
         self.wants: dict[str, int] = {}
@@ -100,7 +99,13 @@ class FakeBackend:
 
     def renew(self, options: Options) -> None:
         """Contract."""
-        self.renewed.append(options)
+        self.detection = Detection(
+            options.masquerade_all,
+            options.cluster_cidrs,
+            options.bridge_interface,
+            options.interface_prefix,
+            options.service_cidrs,
+        )
 
     def present(self) -> bool:
         """Contract."""

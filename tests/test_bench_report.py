@@ -293,7 +293,7 @@ def test_what_would_take_too_long_is_calculated_and_marked(monkeypatch: pytest.M
 
 def test_the_command_line_tells_what_it_means() -> None:
     settings = read_command_line([])
-    assert settings.only == ["baseline", "modes", "end-to-end", "traffic", "parts", "kube-proxy"]
+    assert settings.only == ["baseline", "modes", "end-to-end", "traffic", "parts", "api", "kube-proxy"]
     assert settings.endpoints == [3, 1, 50]
     assert {"program", "kinds", "modes"} <= set(read_command_line(["--only", "everything"]).only)
     with pytest.raises(SystemExit):

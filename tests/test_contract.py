@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from dataplane.backend import MODES, Backend, Options, open_backend
-from dataplane.model import VirtualServer
+from dataplane.model import VirtualServer, parse_network
 from dataplane.plan import State, diff
 from dataplane.procfs_sysctl import read, write
 from dataplane.sightings import Look
@@ -326,3 +326,21 @@ def test_a_look_at_connections_leaves_nothing(backend: Backend) -> None:
     witness.close()
     assert backend.observe().servers == before
     assert backend.intact()
+
+
+def test_other_ranges_of_pods_and_cluster_ips_apply_without_a_restart(backend: Backend) -> None:
+    backend.prepare()
+    settle(backend, [WEB, DNS, V6])
+    for pods, services in (("10.244.1.0/24", "10.0.0.0/16"), ("10.244.7.0/24", "10.0.0.0/12")):
+        backend.renew(Options(cluster_cidrs=(parse_network(pods),), service_cidrs=(parse_network(services),)))
+        backend.prepare()
+        assert backend.intact()
+        settle(backend, [WEB, DNS, V6])
+        detection = backend.situation().detection
+        assert (*map(str, detection.cluster_cidrs),) == (pods,)
+        assert (*map(str, detection.service_cidrs),) == (services,)
+    backend.renew(Options())
+    backend.prepare()
+    settle(backend, [WEB, DNS, V6])
+    assert not backend.situation().detection.cluster_cidrs
+    settle(backend, [WEB])

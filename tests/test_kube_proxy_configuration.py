@@ -395,6 +395,14 @@ def test_check_tells_what_has_no_meaning_and_is_content(tmp_path: Path) -> None:
     assert done.stderr == f"{path}:3: KubeProxyConfiguration: enableProfiling: has no meaning here: {WHY}\n"
 
 
+def test_check_is_content_with_the_path_of_a_kubeconfig_in_a_pod(tmp_path: Path) -> None:
+    path = tmp_path / "config.conf"
+    path.write_text(KUBEADM)
+    done = CliRunner().invoke(cli, ["check", "-c", str(path)])
+    assert (done.exit_code, done.stdout) == (0, f"{path}: ok\n")
+    assert done.stderr == "dataplane: /var/lib/kube-proxy/kubeconfig.conf: is not on this machine, and not checked\n"
+
+
 WHY = "there is no profiling over HTTP"
 
 

@@ -70,9 +70,14 @@ class Follower:
 
 
 @asynccontextmanager
-async def following(api: KubeApi, tmp_path: Path, pace: Pace = CALM) -> AsyncIterator[Follower]:
+async def following(
+    api: KubeApi, tmp_path: Path, pace: Pace = CALM, configured: Callable[[str], Path] | None = None
+) -> AsyncIterator[Follower]:
     path = tmp_path / "kubeconfig"
-    path.write_text(kubeconfig(api.url, {"token": api.token} if api.token else None))
+    if configured is None:
+        path.write_text(kubeconfig(api.url, {"token": api.token} if api.token else None))
+    else:
+        path = configured(api.url)
     read, log = kubeconfig_reader(str(path)), Log()
     answer_seconds = 10 if pace is CALM else 0.3
     source = KubernetesSource(api.url, lambda: KubeTransport(read, answer_seconds), log, "node-1", pace)

@@ -11,12 +11,12 @@ from . import options
 from .looking import complete_services
 from .options import (
     FAILED,
+    cluster_options,
     common_options,
     emit,
     kernel_options,
     modes_here,
     open_kernel,
-    open_source,
     output_option,
     settle,
     source_options,
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from ..explanation import Explanation, Goal, NoAddress
     from ..model import Address, ObjectName, Problem, Protocol, ServiceView, VirtualServer
     from ..walk import Question, Situation
+    from .options import Input
 
 
 def address_of(_ctx: click.Context, _: click.Parameter, value: str | None) -> "Address | None":
@@ -73,6 +74,7 @@ protocol_option = click.option(
 @click.option("--manifests-only", is_flag=True, help="Do not look at the kernel; needs no root.")
 @common_options
 @source_options
+@cluster_options
 @kernel_options
 @output_option("text", "json", "yaml")
 def explain(
@@ -93,15 +95,15 @@ def explain(
 
     Walks the first packet of one new connection through what the kernel holds now: which rule, element or server
     decides, whose turn it may be, masqueraded or not, and why it would be refused. Sends nothing, changes nothing. With
-    manifests (-f, or in the file of --config) it says where these differ from the kernel. Exit status 0 when the
-    connection leads to an endpoint, 1 when it is refused, dropped, or no Service is there. Without --mode and --config
-    it looks at the mode that is here.
+    manifests (-f, or in the file of --config) or a Kubernetes API (--kubeconfig) it says where these differ from the
+    kernel. Exit status 0 when the connection leads to an endpoint, 1 when it is refused, dropped, or no Service is
+    there. Without --mode and --config it looks at the mode that is here.
     """
     from .. import explain_text
     from ..explanation import NoAddress
 
     settings = mode_here(settle(config_file, given), config_file, given)
-    if manifests_only and not settings.manifests:
+    if manifests_only and not (settings.manifests or settings.from_cluster):
         raise UsageError("--manifests-only needs manifests: name them with -f, or in the file of --config")
     told_how = config_file or given.get("iptables_tool") or given.get("vip_binding")
     with contextlib.closing(_Inquiry(settings, kernel=not manifests_only, told_how=bool(told_how))) as inquiry:
@@ -150,10 +152,13 @@ class _Inquiry:
         from ..netlink_node import NodeAddresses
         from ..reconciler import Reconciler
 
-        if kernel and settings.manifests and not options.has_net_admin():
+        reads = bool(settings.manifests) or settings.from_cluster
+        if kernel and reads and not options.has_net_admin():
             raise NotRoot("the kernel shows Services to root only (CAP_NET_ADMIN); --manifests-only does without")
+        self.source: Input | None = None
+        if reads:
+            settings, self.source = options.open_input(settings)
         self.settings = settings
-        self.source = open_source(settings) if settings.manifests else None
         self.backend: Backend = (
             open_held(settings, told_how=told_how)
             if kernel

@@ -4,7 +4,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import click
 
@@ -21,11 +21,14 @@ if TYPE_CHECKING:
     from ..kube_watch import Log
     from ..manifest_files import ManifestFiles
     from ..mode_switch import ModeSwitch, Tell
+    from ..model import Problem, Update
     from ..reconciler import Reconciler
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 FAILED, BAD_INPUT, DIFFERS, PREFLIGHT = 1, 3, 4, 5
+UNREACHABLE_SECONDS, LIST_SECONDS = 5.0, 120.0
+"""How long a command that ends by itself waits for an API that does not answer, and for all lists of one that does."""
 VERBOSE = "dataplane.verbose"
 _CAP_NET_ADMIN = 12
 
@@ -169,6 +172,15 @@ source_options = together(
     ),
     click.option("--allow-mass-delete", is_flag=True, default=None, help="Remove also most virtual servers at once."),
 )
+cluster_options = together(
+    click.option("--kubeconfig", metavar="FILE", help="Instead of manifests: the Kubernetes API this file names."),
+    click.option(
+        "--in-cluster", is_flag=True, default=None, help="Or: the Kubernetes API, by this pod's service account."
+    ),
+    click.option(
+        "--kubeconfig-exec", is_flag=True, default=None, help="Run the program that a kubeconfig names for credentials."
+    ),
+)
 kernel_options = together(
     click.option("--masquerade-all", is_flag=True, default=None, help="Masquerade every client."),
     click.option(
@@ -283,6 +295,80 @@ def open_cluster(settings: "Configuration", log: "Log") -> "tuple[KubernetesSour
     return KubernetesSource(server, lambda: KubeTransport(read), log, name), EventWriter(KubeTransport(read), name, log)
 
 
+class Input(Protocol):
+    """Where a command that ends by itself reads from."""
+
+    def read(self) -> "Update":
+        """Everything."""
+
+    @property
+    def problems(self) -> "tuple[Problem, ...]":
+        """All that is wrong with it."""
+
+
+def open_input(settings: "Configuration") -> "tuple[Configuration, Input]":
+    """The manifests, or what the Kubernetes API has at this moment; and the settings with what that says of this
+    node."""
+    if not settings.from_cluster:
+        return settings, open_source(settings)
+    import asyncio
+
+    return asyncio.run(_list_cluster(settings))
+
+
+class Quiet:
+    """For a list that is asked for once: what goes wrong is told when it is given up."""
+
+    def info(self, event: str, **fields: Any) -> None:
+        """Nothing."""
+
+    def warning(self, event: str, **fields: Any) -> None:
+        """What concerns the objects, and not the way to them."""
+        if not event.startswith("watch"):
+            say(" ".join([event, *(f"{name} {value}" for name, value in fields.items())]))
+
+
+async def _list_cluster(settings: "Configuration") -> "tuple[Configuration, Input]":
+    import asyncio
+    import time
+
+    from ..errors import ApiError
+
+    opened = open_cluster(settings, Quiet())
+    assert opened is not None
+    source, events = opened
+    began = time.monotonic()
+    listed = asyncio.create_task(source.ready())
+    try:
+        while not (await asyncio.wait((listed,), timeout=0.1))[0]:
+            waited = time.monotonic() - began
+            if waited > (UNREACHABLE_SECONDS if source.dead_since() else LIST_SECONDS):
+                raise ApiError(f"{source.server}: {source.last_error()}")
+        listed.result()
+        return at_place(settings, source.place), source
+    finally:
+        listed.cancel()
+        await source.close()
+        await events.close()
+
+
+def at_place(settings: "Configuration", place: "Place") -> "Configuration":
+    """The settings, with what the cluster says of this node where they say nothing."""
+    from msgspec.structs import replace
+
+    from ..model import format_address
+
+    node = place.node
+    pods = tuple(map(str, node.pod_ranges)) if node is not None and settings.node_cidr else ()
+    return replace(
+        settings,
+        zone=settings.zone or (node.zone if node is not None else ""),
+        node_ips=settings.node_ips or (tuple(map(format_address, node.addresses)) if node is not None else ()),
+        cluster_cidrs=tuple(dict.fromkeys((*settings.cluster_cidrs, *pods))),
+        service_cidrs=settings.service_cidrs or tuple(map(str, place.service_ranges)),
+    )
+
+
 def open_source(settings: "Configuration") -> "ManifestFiles":
     """The manifests; nothing is done when one of the paths does not exist."""
     from pathlib import Path
@@ -290,8 +376,6 @@ def open_source(settings: "Configuration") -> "ManifestFiles":
     from ..manifest_files import ManifestFiles
     from ..model import Problem
 
-    if settings.from_cluster:
-        raise UsageError("only run reads from a Kubernetes API; name manifests with -f")
     if not settings.manifests:
         raise UsageError("no manifests: name a file or directory with -f, or in the file of --config")
     missing = [path for path in settings.manifests if not Path(path).exists()]
@@ -313,27 +397,14 @@ class SettledNode:
 
     def rules(self) -> "Rules":
         """The rules that go with the addresses of this moment."""
-        from msgspec.structs import replace
-
-        rules = self._settings.rules(self._addresses.read())
-        node = self._place.node if self._place is not None else None
-        if node is None:
-            return rules
-        return replace(rules, zone=rules.zone or node.zone, node_ips=rules.node_ips or node.addresses)
+        return self._settled().rules(self._addresses.read())
 
     def options(self) -> "Options":
         """The mode's options: ranges of pods and of cluster IPs may come from the cluster."""
-        from msgspec.structs import replace
+        return self._settled().options()
 
-        options, place = self._settings.options(), self._place
-        if place is None:
-            return options
-        pods = place.node.pod_ranges if self._settings.node_cidr and place.node is not None else ()
-        return replace(
-            options,
-            cluster_cidrs=tuple(dict.fromkeys((*options.cluster_cidrs, *pods))),
-            service_cidrs=options.service_cidrs or place.service_ranges,
-        )
+    def _settled(self) -> "Configuration":
+        return self._settings if self._place is None else at_place(self._settings, self._place)
 
 
 def make_reconciler(settings: "Configuration", backend: "Backend") -> "Reconciler":

@@ -15,6 +15,7 @@ from .options import (
     FAILED,
     VERBOSE,
     SettledNode,
+    cluster_options,
     colours,
     common_options,
     emit,
@@ -22,6 +23,7 @@ from .options import (
     make_reconciler,
     metrics_address,
     open_cluster,
+    open_input,
     open_kernel,
     open_source,
     open_switch,
@@ -44,13 +46,7 @@ if TYPE_CHECKING:
 @click.command(cls=GoCommand, short_help="Keep the kernel as the manifests or the Kubernetes API say (daemon).")
 @common_options
 @source_options
-@click.option("--kubeconfig", metavar="FILE", help="Instead of manifests: watch the Kubernetes API this file names.")
-@click.option(
-    "--in-cluster", is_flag=True, default=None, help="Or: watch the Kubernetes API by this pod's service account."
-)
-@click.option(
-    "--kubeconfig-exec", is_flag=True, default=None, help="Run the program that a kubeconfig names for credentials."
-)
+@cluster_options
 @kernel_options
 @click.option(
     "--resync-seconds",
@@ -182,6 +178,7 @@ def _keeps(update: "Update", reconciler: "Reconciler", settings: "Configuration"
 @click.command(short_help="Program the kernel once.")
 @common_options
 @source_options
+@cluster_options
 @kernel_options
 @output_option("table", "json", "yaml")
 @click.option("--dry-run", is_flag=True, help="Change nothing; the same as diff.")
@@ -202,8 +199,7 @@ def apply(config_file: str | None, output: str, dry_run: bool, **given: Any) -> 
     from ..rows import SCHEMA_VERSION
     from ..show_text import plural, problem_documents
 
-    settings = settle(config_file, given)
-    source = open_source(settings)
+    settings, source = open_input(settle(config_file, given))
     backend = open_kernel(settings)
     try:
         with agent_lock():
@@ -304,12 +300,14 @@ def _say_withheld(blocked: Sequence["VirtualAddress"], held_back: int) -> bool:
 @click.command(short_help="Show what apply would change.")
 @common_options
 @source_options
+@cluster_options
 @kernel_options
 @output_option("table", "json", "yaml")
 def diff(config_file: str | None, output: str, **given: Any) -> int:
     """\b
     dataplane diff -f services.d
     dataplane diff -f services.d -o json
+    dataplane diff --kubeconfig /etc/kubernetes/proxy.conf --mode nftables
 
     A summary, then the change in the language of the tools that could make it (nft, ipvsadm, ip,
     iptables-restore), and other modes that would go. Changes nothing.
@@ -341,7 +339,7 @@ def _diff(settings: "Configuration", output: str) -> int:
         transaction_text,
     )
 
-    source = open_source(settings)
+    settings, source = open_input(settings)
     backend = open_kernel(settings)
     try:
         reconciler = make_reconciler(settings, backend)

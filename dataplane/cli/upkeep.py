@@ -1,6 +1,7 @@
 """check, doctor, cleanup, and what helps beside."""
 
 from collections.abc import Collection
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -13,11 +14,15 @@ from .options import (
     BAD_INPUT,
     FAILED,
     PREFLIGHT,
+    Quiet,
+    cluster_options,
     colours,
     common_options,
     emit,
     has_net_admin,
     kernel_options,
+    open_cluster,
+    open_input,
     open_kernel,
     open_source,
     other_modes,
@@ -249,6 +254,7 @@ def doctor(config_file: str | None, output: str, **given: Any) -> int:
 @click.command(short_help="Validate manifests and configuration.")
 @common_options
 @source_options
+@cluster_options
 @kernel_options
 @output_option("table", "json", "yaml")
 @click.option("--print-schema", is_flag=True, help="Print the JSON Schema of the --config file, and end.")
@@ -256,6 +262,7 @@ def check(config_file: str | None, output: str, print_schema: bool, **given: Any
     """\b
     dataplane check -f services.d
     dataplane check --config config.yaml
+    dataplane check --kubeconfig FILE   the Services and EndpointSlices that the API has now
     dataplane check --print-schema > dataplane.schema.json
 
     Reads everything as apply would, says what is wrong (exit status 3), and touches no kernel. Needs no root.
@@ -269,14 +276,19 @@ def check(config_file: str | None, output: str, print_schema: bool, **given: Any
         return 0
     settings, notices = settle_and_tell(config_file, given)
     say_problems(notices)
-    if not settings.manifests:
+    live = bool(given.get("kubeconfig") or given.get("in_cluster"))
+    if not settings.manifests and not live:
         if not config_file:
             raise UsageError("nothing to check: name manifests with -f, or a configuration with --config")
+        if settings.kubeconfig and not Path(settings.kubeconfig).exists():
+            say(f"{settings.kubeconfig}: is not on this machine, and not checked")  # a ConfigMap's is a pod's path
+        elif settings.kubeconfig:
+            open_cluster(settings, Quiet())  # whether it can be used, as far as that shows without asking the server
         click.echo(f"{printable(config_file, 4096)}: ok")
         return 0
     from ..desired import Desired
 
-    source = open_source(settings)
+    settings, source = open_input(settings)
     update = source.read()
     desired = Desired(settings.rules())
     desired.update(update)
