@@ -5,7 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from dataplane.cli import cli
 from dataplane.iptables_save import parse_save
 from dataplane.iptables_text import MARKER, OWNED
 from dataplane.kube_proxy_rules import SETS, doomed, is_kube_proxy, its_servers, served
@@ -13,6 +15,7 @@ from dataplane.model import Protocol, VirtualAddress, parse_address
 
 from .netns import NetNs
 from .node_agent import manifest, node_agent
+from .traffic import eventually
 
 SVC, SEP, EXT = "KUBE-SVC-XPGD46QRK7WJZT7O", "KUBE-SEP-SXIVWICOYRO3J4NJ", "KUBE-EXT-XPGD46QRK7WJZT7O"
 
@@ -329,3 +332,33 @@ def test_a_device_and_servers_of_ours_are_not_taken_for_kube_proxy_s(netns: NetN
         assert before
         assert dataplane(netns, "cleanup", "--kube-proxy", "--yes").stdout == "kube-proxy: nothing of it is there\n"
         assert netns.run("ipvsadm", "-Sn").stdout == before
+
+
+@pytest.mark.root
+def test_while_a_kube_proxy_runs_it_refuses(netns: NetNs, tmp_path: Path) -> None:
+    netns.run("nft", "add", "table", "ip", "kube-proxy")
+    fake = tmp_path / "kube-proxy"
+    fake.symlink_to("/bin/sleep")
+    with subprocess.Popen(["ip", "netns", "exec", netns.name, str(fake), "60"]) as process:
+        try:
+            comm = Path(f"/proc/{process.pid}/comm")
+            eventually("it runs", lambda: comm.read_text() == "kube-proxy\n")
+            refused = dataplane(netns, "cleanup", "--kube-proxy", "--yes", status=1).stderr
+            assert f"kube-proxy runs here (pid {process.pid})" in refused
+            assert "leftover" in dataplane(netns, "cleanup", "--kube-proxy", "--dry-run").stdout
+            assert "kube-proxy" in netns.run("nft", "list", "tables").stdout
+            dataplane(netns, "cleanup", "--kube-proxy", "--yes", "--force")
+            assert "kube-proxy" not in netns.run("nft", "list", "tables").stdout
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize("options", ["--kube-proxy --all", "--kube-proxy --mode ipvs", "--kube-proxy -c x", "--yes"])
+def test_it_goes_alone(options: str) -> None:
+    assert CliRunner().invoke(cli, ["cleanup", *options.split()]).exit_code == 2
+
+
+@pytest.mark.root
+def test_a_mode_in_the_environment_does_not_matter(netns: NetNs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DATAPLANE_MODE", "ipvs")
+    assert dataplane(netns, "cleanup", "--kube-proxy").stdout == "kube-proxy: nothing of it is there\n"

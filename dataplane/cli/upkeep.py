@@ -76,8 +76,9 @@ def cleanup(
     from ..backend import MODES
     from ..configuration import VIP_BINDINGS
 
+    told_on_the_line = click.get_current_context().get_parameter_source("mode") is ParameterSource.COMMANDLINE
     if kube_proxy:
-        if everything or given.get("mode") or config_file:
+        if everything or told_on_the_line or config_file:
             raise UsageError("--kube-proxy removes nothing of ours: it goes without --all, --mode and --config")
         return _clean_kube_proxy(dry_run=dry_run, force=force, yes=yes)
     if yes:
@@ -85,7 +86,6 @@ def cleanup(
     settings = settle(config_file, given)
     if settings.mode not in MODES:
         open_kernel(settings)  # raises what every command says of such a mode
-    told_on_the_line = click.get_current_context().get_parameter_source("mode") is ParameterSource.COMMANDLINE
     if everything and told_on_the_line:
         raise UsageError("--all is every mode, --mode one of them: say one of the two")
     modes = [given["mode"]] if given.get("mode") and not everything else list(MODES)
