@@ -312,11 +312,10 @@ def read_settings(path: str, mode: str | None = None) -> Settings:
         faults += [(part.line, KIND, *fault) for fault in found]
     if part := documents.get(kube_proxy.KIND):
         said = kube_proxy.translate(part.value, mode=mode or own.get("mode"))
-        values, found = _checked(said.values, own)
-        faults += [(part.line, kube_proxy.KIND, *fault) for fault in (*_versions(part.value), *said.faults, *found)]
+        types = {each.name: each.type for each in msgspec.structs.fields(Configuration)}
+        values = {field: msgspec.convert(value, types[field]) for field, value in said.values.items()}
+        faults += [(part.line, kube_proxy.KIND, *fault) for fault in (*_versions(part.value), *said.faults)]
         remarks += [(part.line, kube_proxy.KIND, *notice) for notice in said.notices]
-        unknown = said.values.keys() - set(Configuration.__struct_fields__) - {"detect_local_mode"}
-        remarks += [(part.line, kube_proxy.KIND, _field_name(each), "has no meaning here") for each in sorted(unknown)]
 
     def told(entries: list[tuple[int, str, str, str]]) -> tuple[Problem, ...]:
         lines = field_lines(text, {(line, field) for line, _, field, _ in entries}) if entries else {}
@@ -360,20 +359,6 @@ def _versions(given: dict[str, Any]) -> Iterator[tuple[str, str]]:
         if given.get(field) != wanted:
             got = f"it is {shown(given[field])}" if field in given else "it is missing"
             yield field, f"must be {wanted} ({got})"
-
-
-def _checked(said: dict[str, Any], own: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
-    """Values of a KubeProxyConfiguration as the fields' types have them, and (field, reason) of what they refuse."""
-    said = dict(said)
-    faults: list[tuple[str, str]] = []
-    if said.pop("detect_local_mode", "") == "NodeCIDR" and not own.get("cluster_cidrs"):
-        reason = (
-            f"NodeCIDR is not known here; name the node's pod range in clusterCIDRs of an {KIND}, a second document"
-        )
-        faults.append(("detectLocalMode", reason))
-    types = {each.name: each.type for each in msgspec.structs.fields(Configuration)}
-    values = {name: msgspec.convert(value, types[name]) for name, value in said.items() if name in types}
-    return values, faults
 
 
 def metrics_listen(text: str) -> Listen | None:

@@ -358,7 +358,7 @@ class IptablesBackend:
             shown = ", ".join(sorted(theirs or ours)[:3])
             raise PreflightError(
                 f"table {name} of {tools.prefix} has chains of a kube-proxy that is not this program: {shown}",
-                "stop kube-proxy on this node and run kube-proxy --cleanup",
+                "stop kube-proxy on this node, then: dataplane cleanup --kube-proxy",
             )
 
     def _flaws(self, family: Family, tables: Mapping[str, Table], books: Books, form: Form | None = None) -> str:

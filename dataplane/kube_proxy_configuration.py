@@ -349,7 +349,7 @@ def _insiders(
     if way == "ClusterCIDR" and cidr:
         yield "cluster_cidrs", cidr
     elif way == "NodeCIDR":
-        yield "detect_local_mode", way
+        yield "node_cidr", True
     elif way != "ClusterCIDR":
         field = {"BridgeInterface": "bridgeInterface", "InterfaceNamePrefix": "interfaceNamePrefix"}[way]
         name = said.get(f"detectLocal.{field}")

@@ -245,7 +245,7 @@ class VipDevice:
             if not self._take_over:
                 raise PreflightError(
                     f"the device {self._name} is not ours (its alias is not {ALIAS!r})",
-                    f"clean up after the other proxy, or take the device over: ip link set {self._name} alias {ALIAS}",
+                    f"dataplane cleanup --kube-proxy, or take the device over: ip link set {self._name} alias {ALIAS}",
                 )
             alias = LinkAttrs.encode(alias=ALIAS)
             self._ask(RTM_SETLINK, 0, self._index, alias, "take over device")

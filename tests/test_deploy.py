@@ -14,6 +14,7 @@ from lightkube.core.resource_registry import resource_registry
 from lightkube.resources import apps_v1, core_v1, rbac_authorization_v1
 
 from dataplane.cli.programming import run
+from dataplane.cli.upkeep import cleanup
 from dataplane.configuration import read_settings
 from dataplane.control_socket import DIRECTORY
 from dataplane.kube_transport import kubeconfig_reader
@@ -157,8 +158,7 @@ def patched(manifest: dict[str, Any], patches: list[dict[str, Any]]) -> dict[str
         for step in way:
             at = at[int(step)] if isinstance(at, list) else at[step]
         if isinstance(at, list) and patch["op"] == "add":
-            assert last == "-"
-            at.append(patch["value"])
+            at.insert(len(at) if last == "-" else int(last), patch["value"])
         else:
             key = int(last) if isinstance(at, list) else last
             assert patch["op"] == "replace"
@@ -179,12 +179,17 @@ def variant(folder: str) -> dict[str, Any]:
 def test_the_variant_for_kubeadm_takes_the_cluster_s_own_config_map() -> None:
     spec = variant("kubeadm")
     assert spec["volumes"][0] == {"name": "config", "configMap": {"name": "kube-proxy"}}
-    for container in (*spec["initContainers"], *spec["containers"]):
+    cleaning, prepare = spec["initContainers"]
+    for container in (prepare, *spec["containers"]):
         assert container["volumeMounts"][0]["mountPath"] == "/var/lib/kube-proxy"
         assert [each for each in container["args"] if each.startswith("--config")] == [
             "--config=/var/lib/kube-proxy/config.conf"
         ]
         assert container["args"][0] == "run"
+    first, *arguments = cleaning["args"]
+    assert (first, cleaning["image"]) == ("cleanup", prepare["image"])
+    said = cleanup.make_context("cleanup", arguments).params
+    assert (said["kube_proxy"], said["yes"], said["dry_run"]) == (True, True, False)
 
 
 def test_the_variant_with_the_probe_adds_one_capability() -> None:

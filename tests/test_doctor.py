@@ -17,7 +17,8 @@ from dataplane.configuration import Configuration
 from dataplane.doctor import check, kube_proxy, node, probe, trials
 from dataplane.doctor.check import Check
 from dataplane.errors import KernelError, PreflightError, ProbeUnavailable, ToolError
-from dataplane.model import Address, VirtualAddress, VirtualServer, parse_address
+from dataplane.kube_proxy_leftovers import Leftovers
+from dataplane.model import Address, Family, VirtualAddress, VirtualServer, parse_address
 from dataplane.testing import FakeBackend
 from tests.netns import NetNs
 from tests.test_cli import DATAPLANE, HEALTHY, snapshot
@@ -172,24 +173,14 @@ def test_leftovers_and_the_agent(backend: FakeBackend) -> None:
 
 
 def test_traces_of_kube_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
-    answers = {
-        "/sbin/iptables-nft-save": "*nat\n:KUBE-SERVICES - [0:0]\n:KUBE-FIREWALL - [0:0]\n:OUTPUT ACCEPT [0:0]\n",
-        "/sbin/iptables-legacy-save": "*filter\n:KUBE-FIREWALL - [0:0]\n",
-        "/sbin/ip6tables-nft-save": "",
-        "/sbin/ip6tables-legacy-save": "",
-        "ipset": "KUBE-CLUSTER-IP\nmine\n",
-    }
-    monkeypatch.setattr(kube_proxy, "which", lambda program: f"/sbin/{program}")
-    monkeypatch.setattr(kube_proxy, "run_tool", lambda argv: answers[argv[0]])
-    monkeypatch.setattr("dataplane.doctor.kube_proxy.nft.has_table", lambda sock, family, table: family == 2)
+    found = Leftovers(tables=(Family.IPV4,), sets=("KUBE-CLUSTER-IP",), unread=("ipsets: no tool",))
+    monkeypatch.setattr("dataplane.doctor.kube_proxy.kube_proxy_leftovers.find", lambda: found)
     monkeypatch.setattr(kube_proxy, "processes", lambda: iter(()))
-    found = list(kube_proxy.traces(True))
-    assert [(each.status, each.detail) for each in found] == [
-        ("warn", "its table ip kube-proxy is loaded"),
-        ("warn", "1 iptables chains KUBE-* (nft)"),
-        ("warn", "1 ipsets KUBE-*"),
+    assert list(kube_proxy.traces(True)) == [
+        Check("kube-proxy", "warn", "has left: its table ip kube-proxy, 1 ipset", "dataplane cleanup --kube-proxy"),
+        Check("kube-proxy", "warn", "not looked at: ipsets: no tool"),
     ]
-    assert all(each.fix for each in found)
+    assert [each.status for each in kube_proxy.traces(False)] == ["ok"]
 
 
 def test_a_running_kube_proxy_is_a_failure(tmp_path: Path) -> None:
@@ -313,6 +304,6 @@ def test_what_is_wrong_here_is_found(netns: NetNs, tmp_path: Path) -> None:
     netns.run("nft", "add table ip kube-proxy")
     found = examined(netns, "-f", str(manifests), status=5)
     assert (found["device"]["status"], found["VIPs"]["status"]) == ("fail", "fail")
-    assert found["kube-proxy"]["fix"] == "nft delete table ip kube-proxy"
+    assert found["kube-proxy"]["fix"] == "dataplane cleanup --kube-proxy"
     netns.ip("link set lo down")
     assert examined(netns, status=5)["loopback"]["fix"] == "ip link set lo up"

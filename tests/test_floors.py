@@ -14,13 +14,13 @@ TABLE = """
 10  __main__
 9   cli
 8   demo doctor web top
-7   agent mode_switch netlink_ipvs counters_text
+7   agent mode_switch netlink_ipvs counters_text kube_proxy_leftovers
 6   ipvs_guard nft_tables iptables_restore manifest_files reconciler health_responder testing looks show_text prober
 6   explain_text trace_text web_child kube_source healthz_server
 5   ipvs_ledger nft_chains nft_skeleton iptables_books run_iptables configuration netlink_conntrack rows nft_path
 5   ipvs_path explanation netlink_trace procfs_ipvs kube_watch http_answer
 4   backend netlink_node netlink_delivery nft_layout ipvsadm_text ipvs_proc_text netlink_nftables manifest_content
-4   iptables_reading iptables_script iptables_path nft_trace kube_store kube_place
+4   iptables_reading iptables_script iptables_path nft_trace kube_store kube_proxy_rules kube_place
 3   ipvs_messages nftables_messages nft_clients netlink_route iptables_chains iptables_save
 3   kubernetes_objects kubernetes_nodes manifest_text sightings kube_events kube_proxy_configuration
 2   desired plan drain counters control_server staleness procfs_sockets netlink_socket iptables_text

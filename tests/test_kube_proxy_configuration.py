@@ -154,7 +154,8 @@ def test_eks_s_configuration_as_it_stands(tmp_path: Path) -> None:
     settings, notices = settle(tmp_path, EKS)
     assert (settings.mode, settings.kubeconfig) == ("ipvs", "/var/lib/kube-proxy/kubeconfig")
     assert (settings.metrics_bind_address, settings.resync_seconds) == ("0.0.0.0:10249", 30.0)
-    fields = [notice.split(": ")[2] for notice in notices if "healthzBindAddress" not in notice]
+    assert settings.healthz_bind_address == "0.0.0.0:10256"
+    fields = [notice.split(": ")[2] for notice in notices]
     conntrack = ["maxPerCore", "min", "tcpCloseWaitTimeout", "tcpEstablishedTimeout"]
     assert fields == [*(f"conntrack.{each}" for each in conntrack), "oomScoreAdj"]
     assert notices[0].startswith("12: KubeProxyConfiguration: conntrack.maxPerCore: has no meaning here: ")
@@ -193,6 +194,12 @@ def test_sections_count_by_the_mode_that_runs_whoever_names_it(tmp_path: Path) -
     assert (by_line.masquerade_all, by_line.resync_seconds, by_line.node_port_addresses) == (False, 7.0, ("primary",))
     beside, _ = settle(tmp_path, text + OWN + "mode: nftables\n")
     assert (beside.mode, beside.masquerade_all, beside.resync_seconds) == ("nftables", False, 7.0)
+
+
+def test_node_cidr_asks_the_api(tmp_path: Path) -> None:
+    settings, notices = settle(tmp_path, HEAD + "detectLocalMode: NodeCIDR\nclusterCIDR: 10.0.0.0/8\n")
+    assert (settings.node_cidr, settings.cluster_cidrs) == (True, ())
+    assert notices == ["4: KubeProxyConfiguration: clusterCIDR: has no meaning with detectLocalMode NodeCIDR"]
 
 
 def test_our_own_document_wins_and_names_another_source(tmp_path: Path) -> None:
@@ -352,7 +359,6 @@ def test_an_option_of_ours_wins_over_a_flag() -> None:
         ("--proxy-mode x", '--proxy-mode: expected iptables, ipvs, nftables (it is "x")'),
         ("--oom-score-adj much", '--oom-score-adj: expected a whole number from -1000 to 1000 (it is "much")'),
         ("--profiling=perhaps", '--profiling: expected true or false (it is "perhaps")'),
-        ("--detect-local-mode NodeCIDR", "--detect-local-mode: NodeCIDR is not known here"),
     ],
 )
 def test_a_flag_that_is_wrong_is_named(line: str, expected: str) -> None:
@@ -387,6 +393,14 @@ def test_check_tells_what_has_no_meaning_and_is_content(tmp_path: Path) -> None:
     assert done.exit_code == 0
     assert done.stdout == f"{path}: ok\n"
     assert done.stderr == f"{path}:3: KubeProxyConfiguration: enableProfiling: has no meaning here: {WHY}\n"
+
+
+def test_check_is_content_with_the_path_of_a_kubeconfig_in_a_pod(tmp_path: Path) -> None:
+    path = tmp_path / "config.conf"
+    path.write_text(KUBEADM)
+    done = CliRunner().invoke(cli, ["check", "-c", str(path)])
+    assert (done.exit_code, done.stdout) == (0, f"{path}: ok\n")
+    assert done.stderr == "dataplane: /var/lib/kube-proxy/kubeconfig.conf: is not on this machine, and not checked\n"
 
 
 WHY = "there is no profiling over HTTP"

@@ -95,9 +95,11 @@ INIT = """
 set -e
 echo $$ > "$GROUP/cgroup.procs"
 exec unshare --cgroup --mount --pid --fork --kill-child --mount-proc bash -ec '
+  umount /sys/fs/cgroup
   mount -t cgroup2 none /sys/fs/cgroup
   mount -t tmpfs -o mode=755 none /run
-  mkdir -p /run/systemd/system /run/lock
+  mkdir -p /run/systemd/system /run/lock /run/stage
+  cp "$FOLDER/services.yaml" /run/stage/
   cp -r "$FOLDER/units/." /run/systemd/system/
   cp "$FOLDER/xtables.lock" /run/
   exec /lib/systemd/systemd --system --unit=stage.target --log-target=console --show-status=no
@@ -117,7 +119,7 @@ class Stage:
         units.mkdir()
         (folder / "xtables.lock").touch(0o600)
         (units / "stage.target").write_text("[Unit]\nDescription=The stage\n")
-        command = f"{sys.executable} -m dataplane run -f {folder}/services.yaml --mode ipvs --log-format json"
+        command = f"{sys.executable} -m dataplane run -f /run/stage/services.yaml --mode ipvs --log-format json"
         text = re.sub(r"(?m)^(Wants|After)=.*$", "", UNIT.read_text())
         text = text.replace("[Unit]", "[Unit]\nDefaultDependencies=no")
         text = text.replace("User=dataplane\nGroup=dataplane", "User=nobody\nGroup=nogroup")  # nobody is made for this
@@ -177,8 +179,6 @@ class Stage:
 
 @pytest.fixture
 def stage(netns: NetNs, tmp_path: Path) -> Iterator[Stage]:
-    for folder in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
-        folder.chmod(0o755)
     shutil.copy(ROOT / "examples/hostnames.yaml", tmp_path / "services.yaml")
     made = Stage(netns, tmp_path)
     try:

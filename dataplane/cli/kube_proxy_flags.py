@@ -143,7 +143,6 @@ def _value(form: str, text: str) -> Any:
 
 def take_flags(given: dict[str, Any], mode: str | None) -> tuple[dict[str, Any], list[str]]:
     """Take the flags out of `given`: fields of our configuration, and a notice for each flag without a meaning."""
-    from ..configuration import Configuration
     from ..kube_proxy_configuration import translate
 
     document: dict[str, Any] = {}
@@ -167,15 +166,7 @@ def take_flags(given: dict[str, Any], mode: str | None) -> tuple[dict[str, Any],
         field, reason = said.faults[0]
         raise UsageError(f"{names.get(field, field)}: {printable(reason)}")
     notices += [f"{names.get(field, field)} {text}" for field, text in said.notices]
-    values = dict(said.values)
-    if values.pop("detect_local_mode", "") and not given.get("cluster_cidrs"):
-        raise UsageError(
-            "--detect-local-mode: NodeCIDR is not known here: name the node's pod range with --cluster-cidr"
-        )
-    for name in values.keys() - set(Configuration.__struct_fields__):
-        del values[name]
-        notices.append(f"--{name.replace('_', '-')} has no meaning here")
-    return values, list(dict.fromkeys(notices))
+    return said.values, list(dict.fromkeys(notices))
 
 
 def with_flags(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:

@@ -1,6 +1,7 @@
 """check, doctor, cleanup, and what helps beside."""
 
 from collections.abc import Collection
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -11,6 +12,7 @@ from ..errors import UsageError
 from ..printable import printable
 from .options import (
     BAD_INPUT,
+    FAILED,
     PREFLIGHT,
     Quiet,
     cluster_options,
@@ -25,6 +27,7 @@ from .options import (
     open_source,
     other_modes,
     output_option,
+    say,
     say_problems,
     settle,
     settle_and_tell,
@@ -40,16 +43,32 @@ if TYPE_CHECKING:
 @common_options
 @click.option("--all", "everything", is_flag=True, help="Every mode; also what happens without --mode.")
 @click.option("--dry-run", is_flag=True, help="Say what would go, and change nothing.")
-@click.option("--force", is_flag=True, help="Also while an agent runs (which puts it back).")
-def cleanup(config_file: str | None, everything: bool, dry_run: bool, force: bool, **given: Any) -> int:
+@click.option("--force", is_flag=True, help="Also while an agent (or kube-proxy) runs, which puts it back.")
+@click.option("--kube-proxy", is_flag=True, help="Instead of ours: what a kube-proxy has left here, in any mode.")
+@click.option("--yes", is_flag=True, help="With --kube-proxy: do not ask.")
+def cleanup(
+    config_file: str | None,
+    everything: bool,
+    dry_run: bool,
+    force: bool,
+    kube_proxy: bool,
+    yes: bool,
+    **given: Any,
+) -> int:
     """\b
     dataplane cleanup --all
     dataplane cleanup --all --dry-run
     dataplane cleanup --mode nftables
+    dataplane cleanup --kube-proxy
 
     Removes the virtual servers, addresses, routes, devices, chains and tables of every mode, or of --mode only. Needs
     no manifests and no configuration, touches nothing of others, and may be run again at any time. Open connections
     through removed virtual servers end.
+
+    With --kube-proxy nothing of ours is removed, but what another proxy has left: kube-proxy's chains (both families,
+    both back ends of iptables), nftables tables, virtual servers, device and ipsets. The plan is printed first, in the
+    tools' own words, and done when you say so, or with --yes. An agent may run meanwhile, unless it is in iptables
+    mode, whose chains have kube-proxy's names.
     """
     import contextlib
 
@@ -57,10 +76,16 @@ def cleanup(config_file: str | None, everything: bool, dry_run: bool, force: boo
     from ..backend import MODES
     from ..configuration import VIP_BINDINGS
 
+    told_on_the_line = click.get_current_context().get_parameter_source("mode") is ParameterSource.COMMANDLINE
+    if kube_proxy:
+        if everything or told_on_the_line or config_file:
+            raise UsageError("--kube-proxy removes nothing of ours: it goes without --all, --mode and --config")
+        return _clean_kube_proxy(dry_run=dry_run, force=force, yes=yes)
+    if yes:
+        raise UsageError("--yes goes with --kube-proxy")
     settings = settle(config_file, given)
     if settings.mode not in MODES:
         open_kernel(settings)  # raises what every command says of such a mode
-    told_on_the_line = click.get_current_context().get_parameter_source("mode") is ParameterSource.COMMANDLINE
     if everything and told_on_the_line:
         raise UsageError("--all is every mode, --mode one of them: say one of the two")
     modes = [given["mode"]] if given.get("mode") and not everything else list(MODES)
@@ -75,6 +100,56 @@ def cleanup(config_file: str | None, everything: bool, dry_run: bool, force: boo
                 click.echo(f"{mode}: nothing of ours is there")
     for table in _killed_traces(dry_run):
         click.echo(f"trace: {'leftover' if dry_run else 'removed'} table {table}")
+    return 0
+
+
+def _clean_kube_proxy(*, dry_run: bool, force: bool, yes: bool) -> int:
+    """Another proxy's leftovers: told, and removed when that is wanted."""
+    import sys
+
+    from .. import kube_proxy_leftovers
+    from ..agent import read_status
+    from ..doctor import kube_proxy
+    from ..errors import AgentUnreachable, DataplaneError, NotRoot
+    from ..show_text import transaction_text
+
+    if not has_net_admin():
+        raise NotRoot("the kernel shows and changes these for root only (CAP_NET_ADMIN)")
+    if not dry_run:
+        try:
+            agent = read_status()
+        except AgentUnreachable:
+            agent = {}
+        if "iptables" in (str(agent.get("mode")), *(str(each).split(":")[0] for each in agent.get("leavingModes", ()))):
+            raise DataplaneError(
+                f"an agent in iptables mode runs here (pid {agent.get('pid', '?')}), whose chains have kube-proxy's "
+                "names: switch it to another mode, or stop it first"
+            )
+        if not force and (pids := list(kube_proxy.running())):
+            raise DataplaneError(
+                f"kube-proxy runs here (pid {pids[0]}) and would put it back: stop it first, or --force"
+            )
+    found = kube_proxy_leftovers.find()
+    for line in (*found.unread, *found.kept):
+        say(line)
+    if not found.anything:
+        click.echo("kube-proxy: nothing of it is there")
+        return 0
+    click.echo(f"kube-proxy: {'leftover' if dry_run else 'to be removed'}: {', '.join(found.summary)}")
+    click.echo(transaction_text(found.plan(), colour=colours()), nl=False)
+    if dry_run:
+        return 0
+    if not yes:
+        if not sys.stdin.isatty():
+            raise UsageError("nobody can be asked here: --yes does what is printed above, --dry-run only prints it")
+        if not click.confirm("Remove all this?", err=True):
+            return FAILED
+    failed = kube_proxy_leftovers.remove(found)
+    for line in failed:
+        say(line)
+    if failed:
+        return FAILED
+    click.echo(f"kube-proxy: removed {', '.join(found.summary)}")
     return 0
 
 
@@ -205,7 +280,9 @@ def check(config_file: str | None, output: str, print_schema: bool, **given: Any
     if not settings.manifests and not live:
         if not config_file:
             raise UsageError("nothing to check: name manifests with -f, or a configuration with --config")
-        if settings.kubeconfig:
+        if settings.kubeconfig and not Path(settings.kubeconfig).exists():
+            say(f"{settings.kubeconfig}: is not on this machine, and not checked")  # a ConfigMap's is a pod's path
+        elif settings.kubeconfig:
             open_cluster(settings, Quiet())  # whether it can be used, as far as that shows without asking the server
         click.echo(f"{printable(config_file, 4096)}: ok")
         return 0

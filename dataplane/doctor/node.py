@@ -82,7 +82,7 @@ def state(settings: Configuration, agent: str) -> Iterator[Check]:
     if owner is Owner.FOREIGN:
         needed = settings.mode == "ipvs" and settings.vip_binding == "device"
         status: Status = "fail" if needed else "warn"
-        fix = f"kube-proxy --cleanup || ip link delete {DEVICE}"
+        fix = "dataplane cleanup --kube-proxy"
         yield Check("device", status, f"{DEVICE} is there and not ours (kube-proxy's?)", fix)
     backend = open_backend(settings.mode, settings.options())
     try:
