@@ -82,7 +82,7 @@ class Guest:
             *(["--showlocals"] if option.showlocals else []),
             *(["-" + "v" * option.verbose] if option.verbose > 0 else []),
             *("-p", "no:cacheprovider"),
-            "--basetemp=/tmp/tests-of-the-guest",  # not among the folders that pytest makes on this side at the same time
+            "--basetemp=/tmp/tests-of-the-guest",  # this side makes folders of pytest at the same time
         ]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
