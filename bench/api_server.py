@@ -53,7 +53,9 @@ def metadata(name: str, number: int, version: int, manager: str, owned: object) 
 def service(number: int) -> dict[str, Any]:
     """A Service as `kubectl get -o json` prints it."""
     name, address = f"service-{number}", format_address(workload.vip(number))
-    owned: Any = {"f:spec": {"f:ports": {".": {}, 'k:{"port":80,"protocol":"TCP"}': {".": {}}}, "f:selector": {}}}
+    owned: dict[str, Any] = {
+        "f:spec": {"f:ports": {".": {}, 'k:{"port":80,"protocol":"TCP"}': {".": {}}}, "f:selector": {}}
+    }
     return {
         "metadata": metadata(name, number, number + 1, "kubectl-create", owned) | {"labels": {"app": name}},
         "spec": {
@@ -75,7 +77,7 @@ def endpoint_slice(number: int, replaced: int = 0, version: int = 0) -> dict[str
     """Its EndpointSlice."""
     name = f"service-{number}"
     (piece,) = workload.view(number, replaced=replaced).slices
-    owned: Any = {
+    owned: dict[str, Any] = {
         "f:addressType": {},
         "f:endpoints": {},
         "f:metadata": {"f:labels": {".": {}}},
