@@ -1,5 +1,6 @@
 """The server on real sockets: dig as a client of another house, and clients that mean no good."""
 
+import asyncio
 import contextlib
 import json
 import os
@@ -11,8 +12,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from dnslib import QTYPE, RR, A, DNSRecord
@@ -24,6 +26,7 @@ from dataplane.tcp_listener import Listen
 
 from .dns_world import MANIFEST, answers_of, ask_tcp, ask_udp, packet, receive, said, serving, views, with_edns
 from .fuzz_dns import fuzz, seeds
+from .kube_api import KubeApi, endpoint_slice, kubeconfig, service
 from .lanes import scaled
 from .test_dns import CASES, Z, many
 from .traffic import eventually
@@ -375,6 +378,54 @@ def test_the_command_serves_follows_its_manifests_and_ends(tmp_path: Path) -> No
         finally:
             process.send_signal(signal.SIGTERM)
             assert process.wait(20) == 0
+
+
+def test_names_come_from_a_kubernetes_api_as_well(tmp_path: Path) -> None:
+    """The API has one Service, and then another one."""
+    api = KubeApi()
+    api.put(service("web", "10.96.0.10"))
+    api.put(endpoint_slice("web-1", "web", "10.244.0.5"))
+    loop = asyncio.new_event_loop()
+    over = asyncio.Event()
+
+    def run() -> None:
+        with asyncio.Runner(loop_factory=lambda: loop) as runner:  # which cancels what is left
+            runner.run(over.wait())
+
+    thread = threading.Thread(target=run)
+    thread.start()
+
+    def call(work: Coroutine[Any, Any, Any]) -> None:
+        asyncio.run_coroutine_threadsafe(work, loop).result(30)
+
+    async def put(name: str, vip: str) -> None:
+        api.put(service(name, vip))
+
+    process = None
+    try:
+        call(api.start())
+        config = tmp_path / "kubeconfig"
+        config.write_text(kubeconfig(api.url))
+        words = command("dns", "--kubeconfig", str(config), "--listen", "127.0.0.1:0", "--log-format", "json")
+        process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+        assert process.stderr is not None
+        port = int(json.loads(process.stderr.readline())["addresses"][0].rpartition(":")[2])
+        eventually("all is listed", lambda: said(ask_udp(port, WEB) or b"")[0] == "NOERROR")
+        late = packet(f"late.default.{Z}")
+        assert said(ask_udp(port, late) or b"")[0] == "NXDOMAIN"
+        call(put("late", "10.96.0.11"))
+        eventually(
+            "the watch tells", lambda: said(ask_udp(port, late) or b"")[1][-1:] == [f"late.default.{Z} A 10.96.0.11"]
+        )
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+    finally:
+        if process is not None:
+            process.kill()
+            process.communicate()
+        call(api.stop())
+        loop.call_soon_threadsafe(over.set)
+        thread.join(10)
 
 
 def test_query_explains_how_an_answer_comes_about(tmp_path: Path) -> None:
