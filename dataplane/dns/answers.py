@@ -16,11 +16,35 @@ from typing import NamedTuple
 from ..model import ObjectName, ServiceView
 from .names import Labels
 from .query import BADVERS, CD, HEADER, MOST_SIZE, RD, TC, Query, Refusal, read_query
-from .records import NOERROR, NXDOMAIN, REFUSED, SERVFAIL, SOA, ZONE, Dependency, Found, Records, Rules
+from .records import (
+    AAAA,
+    ANY,
+    CNAME,
+    HTTPS,
+    NOERROR,
+    NS,
+    NXDOMAIN,
+    PTR,
+    REFUSED,
+    SERVFAIL,
+    SOA,
+    SRV,
+    TXT,
+    ZONE,
+    A,
+    Dependency,
+    Found,
+    Records,
+    Rules,
+)
 from .wire import Body, apex, denial, render
 
 MOST_PREPARED = 1 << 16
 """Prepared answers in all; with more, all are made anew as they are asked for."""
+MOST_VARIANTS = 16
+"""Of them for one name and type: clients differ by a few flags and sizes, and only strangers by more."""
+KEPT_TYPES = frozenset((A, NS, CNAME, PTR, TXT, AAAA, SRV, HTTPS, ANY))
+"""Of other types a name of ours has nothing, which is quickly said, and there are 65,536 of them."""
 _RESPONSE, _AUTHORITATIVE, _RECURSIVE = 0x8000, 0x0400, 0x0080
 _SHORT = struct.Struct("!H")
 _COUNTS = struct.Struct("!HHHH")
@@ -177,9 +201,10 @@ class Answers:
             if found.alias and self._recursive:
                 return Elsewhere(query, found)
             body = self._make(key, found)
-            if body.depends:
+            if body.depends and query.qtype in KEPT_TYPES:
                 self._keep(key, body)
             else:
+                body.depends = ()
                 self.count(body.rcode)
         if body.depends:
             body.uses += 1
@@ -216,7 +241,7 @@ class Answers:
         if not udp or not query.plain or not body.depends:
             turn = body.step * (body.uses % max(1, body.answers)) % len(tail) if body.step and tail else 0
             return packet[:2] + head + question + tail[turn:] + tail[:turn] + opt
-        if len(self._ready) < MOST_PREPARED:
+        if len(body.keys) < MOST_VARIANTS:
             end = packet.find(0, HEADER)
             packet_key = packet[2:HEADER] + packet[HEADER:end].lower() + packet[end:]
             if end + 5 == query.question_end:  # a label with a zero byte in it is nobody's name

@@ -18,7 +18,7 @@ from msgspec import Struct
 from ..model import Address, ObjectName, Protocol, Service, ServiceType, ServiceView, format_address
 from .names import Labels, as_text, dashed, parse_domain, reverse_address, reverse_labels
 
-A, NS, CNAME, SOA, PTR, HINFO, TXT, AAAA, SRV, ANY = 1, 2, 5, 6, 12, 13, 16, 28, 33, 255
+A, NS, CNAME, SOA, PTR, HINFO, TXT, AAAA, SRV, HTTPS, ANY = 1, 2, 5, 6, 12, 13, 16, 28, 33, 65, 255
 """Record types by number (IANA, DNS parameters)."""
 TYPES = {"A": A, "NS": NS, "CNAME": CNAME, "SOA": SOA, "PTR": PTR, "TXT": TXT, "AAAA": AAAA, "SRV": SRV, "ANY": ANY}
 NOERROR, FORMERR, SERVFAIL, NXDOMAIN, NOTIMP, REFUSED = 0, 1, 2, 3, 4, 5
