@@ -91,8 +91,9 @@ class Answers:
         self._records = Records(rules)
         self._lock = threading.Lock()
         self._ready: dict[bytes, Prepared] = {}
-        self._bodies: dict[tuple[Labels, int], Body] = {}
-        self._made_from: dict[Dependency, set[tuple[Labels, int]]] = {}
+        self._bodies: dict[bytes, Body] = {}
+        """By name, in lower case, and type."""
+        self._made_from: dict[Dependency, set[bytes]] = {}
         self._counted: dict[ObjectName, int] = {}
         """Answers for each Service, those of prepared ones as above."""
         self._serial = int(time.time())
@@ -112,7 +113,7 @@ class Answers:
                 self._serial = max(self._serial + 1, int(time.time()))
             self.synced = self.synced or synced
 
-    def _forget(self, key: tuple[Labels, int]) -> None:
+    def _forget(self, key: bytes) -> None:
         body = self._bodies.pop(key, None)
         if body is None:
             return
@@ -186,10 +187,11 @@ class Answers:
             return self._answer(packet, query, udp)
 
     def _answer(self, packet: bytes, query: Query, udp: bool) -> bytes | Elsewhere:
-        key = (query.labels, query.qtype)
+        end = query.question_end
+        key = packet[HEADER : end - 4].lower() + packet[end - 4 : end - 2]
         body = self._bodies.get(key)
         if body is None:
-            found = self._records.look(*key)
+            found = self._records.look(query.labels, query.qtype)
             if found is None:
                 if self._recursive:
                     return Elsewhere(query)
@@ -200,7 +202,7 @@ class Answers:
                 return refusal(packet, Refusal(SERVFAIL, query.question_end, query.edns))
             if found.alias and self._recursive:
                 return Elsewhere(query, found)
-            body = self._make(key, found)
+            body = self._make(query.labels, query.qtype, found)
             if body.depends and query.qtype in KEPT_TYPES:
                 self._keep(key, body)
             else:
@@ -210,8 +212,7 @@ class Answers:
             body.uses += 1
         return self._write(packet, query, body, udp)
 
-    def _make(self, key: tuple[Labels, int], found: Found) -> Body:
-        labels, qtype = key
+    def _make(self, labels: Labels, qtype: int, found: Found) -> Body:
         if found.answer:
             body = render(labels, qtype, found)
             self.made += 1
@@ -222,7 +223,7 @@ class Answers:
         body.depends = found.depends
         return body
 
-    def _keep(self, key: tuple[Labels, int], body: Body) -> None:
+    def _keep(self, key: bytes, body: Body) -> None:
         if len(self._ready) >= MOST_PREPARED or len(self._bodies) >= MOST_PREPARED:
             for each in self._bodies.values():
                 self._retire(each)
