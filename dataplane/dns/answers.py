@@ -15,15 +15,14 @@ from typing import NamedTuple
 
 from ..model import ObjectName, ServiceView
 from .names import Labels
-from .query import BADVERS, CD, HEADER, MOST_SIZE, RD, TC, Query, Refusal, read_query
-from .records import (
+from .query import CD, HEADER, MOST_SIZE, RD, TC, Query, Refusal, read_query
+from .records import Records, Rules
+from .rrsets import (
     AAAA,
     ANY,
     CNAME,
     HTTPS,
-    NOERROR,
     NS,
-    NXDOMAIN,
     PTR,
     REFUSED,
     SERVFAIL,
@@ -34,8 +33,6 @@ from .records import (
     A,
     Dependency,
     Found,
-    Records,
-    Rules,
 )
 from .wire import Body, apex, denial, render
 
@@ -316,6 +313,3 @@ def _service_of(depends: tuple[object, ...]) -> ObjectName | None:
 
 def _opt(query: Query) -> bytes:
     return _OPT_RECORD.pack(0, 41, MOST_SIZE, 0, 0, 0x8000 if query.dnssec_ok else 0, 0)
-
-
-__all__ = ["BADVERS", "NOERROR", "NXDOMAIN", "Answers", "Elsewhere"]

@@ -19,7 +19,7 @@ from .answers import Answers, Elsewhere, refusal
 from .query import HEADER, Refusal, read_query
 from .query_log import Log, QueryLog
 from .rate_limit import DROP, PASS, RateLimit
-from .records import SERVFAIL
+from .rrsets import SERVFAIL
 from .udp_batch import BATCH, BatchSocket, Letter, PlainSocket, client_of, open_batches, open_udp
 from .upstream import Upstreams
 
