@@ -509,3 +509,7 @@ def test_query_explains_how_an_answer_comes_about(tmp_path: Path) -> None:
     assert none.returncode == 1
     assert none.stdout.splitlines()[0] == f"none.data.data.{Z} SRV: NXDOMAIN"
     assert "    no Service data/none: NXDOMAIN" in none.stdout.splitlines()
+    before = subprocess.run(
+        command("dns", "-f", str(tmp_path), "query", "web"), capture_output=True, text=True, check=False, timeout=60
+    )
+    assert (before.returncode, before.stderr) == (2, "dataplane: options of query go behind its name\n")
