@@ -26,7 +26,7 @@ TYPES = ("A", "AAAA", "SRV", "PTR", "TXT", "ANY", "CNAME", "SOA")
 
 
 class Outcome(NamedTuple):
-    """Packets, answers, those that another library has read, and the longest time of one in seconds of CPU."""
+    """Packets, answers, those that another library has read, and the longest processor time of one in seconds."""
 
     packets: int
     answered: int

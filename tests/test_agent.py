@@ -4,6 +4,8 @@ import asyncio
 import contextlib
 import errno
 import os
+from collections.abc import Mapping
+from typing import Any
 
 import pytest
 
@@ -11,6 +13,16 @@ from dataplane.agent import Agent, AgentOptions
 from dataplane.backend import Options
 from dataplane.desired import Rules
 from dataplane.errors import KernelError
+from dataplane.model import (
+    ObjectName,
+    Protocol,
+    Service,
+    ServicePort,
+    ServiceType,
+    ServiceView,
+    Update,
+    parse_address,
+)
 from dataplane.reconciler import Reconciler
 from dataplane.testing import FakeBackend
 
@@ -45,6 +57,43 @@ async def for_a_while(agent: Agent, seconds: float) -> None:
     with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(agent._work(reader), seconds)
     reader.cancel()
+
+
+class Names:
+    """What answers names; keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[Update] = []
+
+    def start(self) -> None: ...
+    def close(self) -> None: ...
+
+    def update(self, update: Update) -> None:
+        self.told.append(update)
+
+    def status(self) -> dict[str, Any]:
+        return {"updates": len(self.told)}
+
+    def service_counts(self) -> Mapping[ObjectName, int]:
+        return {}
+
+    def explain(self, name: str, qtype: str, namespace: str) -> dict[str, Any]:
+        raise ValueError(name)
+
+
+def test_names_follow_in_the_same_step_as_the_kernel_also_those_it_has_nothing_of() -> None:
+    backend, log = FakeBackend(), Lines()
+    names = Names()
+    agent = Agent(Reconciler(backend, Rules()), log, AgentOptions(), log, names=names)
+    web, external = ObjectName("default", "web"), ObjectName("default", "external")
+    port = ServicePort("http", Protocol.TCP, 80)
+    first = Update({web: ServiceView(Service(web, cluster_ips=(parse_address("10.0.0.1"),), ports=(port,)))})
+    second = Update({external: ServiceView(Service(external, type=ServiceType.EXTERNAL_NAME, external_name="x.y"))})
+    agent._updates += [first, second]
+    assert agent._take_updates()
+    assert names.told == [first, second]
+    assert len(backend.observe().servers) == 1
+    assert agent.status()["dns"] == {"updates": 2}
 
 
 def test_addresses_that_cannot_be_read_are_asked_for_after_a_pause() -> None:

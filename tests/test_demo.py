@@ -18,6 +18,7 @@ from dataplane import demo
 from dataplane.cli import cli
 from dataplane.demo import stage as stage_module
 from dataplane.demo.ipvs_act import real_lines
+from dataplane.demo.names_act import names
 from dataplane.demo.other_acts import CHAIN, iptables
 from dataplane.demo.page import ClaimFailed, Page, difference
 from dataplane.demo.play import Play
@@ -75,7 +76,7 @@ def test_the_whole_demo_shows_the_tutorials_table_and_leaves_nothing_behind() ->
     assert "inet 10.0.1.175/32 scope global kube-ipvs0" in text
     assert "ok  3 + 3 + 3: every pod got the same share" in text
     assert re.search(r"-> 10\.244\.\d\.\d:9376              Masq    0      1 ", text), "a real server that drains"
-    assert re.findall(r"^(\d+)/(\d+)  ", text, re.MULTILINE) == [(str(number), "10") for number in range(1, 11)]
+    assert re.findall(r"^(\d+)/(\d+)  ", text, re.MULTILINE) == [(str(number), "11") for number in range(1, 12)]
     assert "ok  the namespaces of the demo are gone too" in text
     assert "\x1b" not in text, "colours are for terminals"
     assert max(len(line) for line in text.splitlines() if "-A KUBE-" not in line) <= 120
@@ -146,8 +147,10 @@ def test_a_pod_answers_with_its_name_and_streams_until_the_curtain_falls(monkeyp
 @pytest.mark.root
 @pytest.mark.slow
 @pytest.mark.usefixtures("nothing_before")
-def test_iptables_mode_takes_over_from_nftables_mode(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The last act by itself: it needs no IPVS."""
+def test_services_have_names_and_iptables_mode_takes_over_from_nftables_mode(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The last acts by themselves: they need no IPVS."""
     whole_ip = stage_module._ip
 
     def without_the_trial(stage: stage_module.Stage, where: str, *commands: str) -> None:
@@ -161,11 +164,13 @@ def test_iptables_mode_takes_over_from_nftables_mode(monkeypatch: pytest.MonkeyP
         with play.agent_ends():
             play.manifest.write_text(tutorial.text)
             play.launch("nftables")
+            names(play)
+            assert not (tmp_path / "resolv.conf").exists()
             iptables(play)
             play.stop()
             play.command("node", "dataplane cleanup --all")
             assert "KUBE" not in play.look("iptables-save")
-    assert told.getvalue().count("\nok  ") == 11
+    assert told.getvalue().count("\nok  ") == 15
 
 
 @pytest.mark.root

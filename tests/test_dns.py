@@ -8,7 +8,7 @@ import dns.rcode
 import pytest
 from dnslib import DNSRecord
 
-from dataplane.dns.answers import MOST_PREPARED, Answers, Elsewhere
+from dataplane.dns.answers import MOST_PREPARED, MOST_VARIANTS, Answers, Elsewhere
 from dataplane.dns.names import parse_domain, reverse_address, reverse_labels
 from dataplane.dns.records import Rules
 from dataplane.model import parse_address
@@ -401,7 +401,11 @@ def test_names_that_are_made_up_are_not_kept(tmp_path: Path) -> None:
     for number in range(1000):
         answers.answer(packet(f"x{number}.default.{Z}"))
         answers.answer(with_edns(packet(f"web.default.{Z}"), options=b"\0\x0a\0\x08" + number.to_bytes(8)))
-    assert answers.prepared <= 1
+        answers.answer(with_edns(packet(f"web.default.{Z}"), 512 + number))
+        answers.answer(packet(f"web.default.{Z}", bitmap=0x100 + (number & 15)))
+        answers.answer(numbered(f"web.default.{Z}", f"TYPE{1000 + number}"))
+    assert answers.prepared <= MOST_VARIANTS
+    assert len(answers._bodies) == 1
     assert MOST_PREPARED > 2 * 10_000  # A and AAAA of ten thousand Services
 
 

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from .lanes import PARAMETERS, Lane
+from .lanes import PARAMETERS, Lane, build_world
 from .netns import Topology
 from .node_agent import NodeAgent, node_agent
 from .traffic import eventually
 
-NODE, POD, OTHER = "10.244.0.1", "10.244.0.10", "10.244.0.11"
+NODE, POD = "10.244.1.1", "10.244.3.6"
+"""The node as the second pod sees it, and the first pod; each pod is in a network of its own."""
 RESOLV = "nameserver 10.96.0.10\nsearch default.svc.cluster.local svc.cluster.local cluster.local\noptions ndots:5\n"
 
 
@@ -44,10 +45,7 @@ def cluster(lane: Lane, folder: Path) -> Iterator[tuple[Topology, NodeAgent]]:
     """A node whose agent answers names, a pod with a web server, and another pod, whose resolver that is."""
     (folder / "resolv.conf").write_text(RESOLV)
     (folder / "index.html").write_text("hello from a pod\n")
-    with Topology.build([(POD,), (OTHER,)]) as built:
-        built.node.ip(
-            "link add out type veth peer name away", "link set away up", "link set out up", "route add default dev out"
-        )
+    with build_world() as built:
         server = subprocess.Popen(
             [
                 "ip",

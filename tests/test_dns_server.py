@@ -1,5 +1,6 @@
 """The server on real sockets: dig as a client of another house, and clients that mean no good."""
 
+import asyncio
 import contextlib
 import json
 import os
@@ -11,21 +12,29 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from dnslib import QTYPE, RR, A, DNSRecord
+from msgspec.structs import replace
 
 from dataplane.dns import udp_batch
+from dataplane.dns.answers import Answers
 from dataplane.dns.rate_limit import DROP, PASS, TRUNCATE, RateLimit
+from dataplane.dns.records import Rules
 from dataplane.dns.server import Limits
+from dataplane.dns.service import NameService
+from dataplane.model import Update, parse_address
 from dataplane.tcp_listener import Listen
 
 from .dns_world import MANIFEST, answers_of, ask_tcp, ask_udp, packet, receive, said, serving, views, with_edns
 from .fuzz_dns import fuzz, seeds
+from .kube_api import KubeApi, endpoint_slice, kubeconfig, service
 from .lanes import scaled
 from .test_dns import CASES, Z, many
+from .test_staleness import Lines
 from .traffic import eventually
 
 WEB = packet(f"web.default.{Z}")
@@ -271,7 +280,7 @@ def test_mutated_packets_leave_the_server_as_it_was(tmp_path: Path) -> None:
 
 
 @contextlib.contextmanager
-def upstream(tmp: float = 0.0) -> Iterator[Listen]:
+def upstream(seconds: float = 0.0) -> Iterator[Listen]:
     """A server for all other names, by dnslib: 192.0.2.80 for every A, and a large answer at `large.`."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one:
         one.bind(("127.0.0.1", 0))
@@ -288,7 +297,7 @@ def upstream(tmp: float = 0.0) -> Iterator[Listen]:
                     for number in range(count):
                         if query.q.qtype == QTYPE.A:
                             reply.add_answer(RR(query.q.qname, QTYPE.A, rdata=A(f"192.0.2.{80 + number}"), ttl=60))
-                    time.sleep(tmp)
+                    time.sleep(seconds)
                     wrong = bytearray(reply.pack())
                     wrong[0] ^= 0xFF
                     one.sendto(bytes(wrong), sender)  # a guess of somebody else's, which must not be taken
@@ -324,6 +333,21 @@ def test_other_names_are_an_upstreams_and_an_alias_is_followed_there(tmp_path: P
         assert ours.upstreams.forwarded == 3
 
 
+def test_a_slow_upstream_holds_up_nobody_else(tmp_path: Path) -> None:
+    answers = answers_of(tmp_path)
+    answers._recursive = True
+    with (
+        upstream(0.5) as server,
+        serving(answers, upstreams=(server,)) as (_, port, _),
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one,
+    ):
+        one.settimeout(10)
+        one.connect(("127.0.0.1", port))
+        one.send(packet("www.example.com", id=1))
+        one.send(packet(f"web.default.{Z}", id=2))
+        assert [int.from_bytes(one.recv(4096)[:2]) for _ in range(2)] == [2, 1]
+
+
 def test_without_an_answer_of_an_upstream_it_is_servfail(tmp_path: Path) -> None:
     answers = answers_of(tmp_path)
     answers._recursive = True
@@ -349,6 +373,44 @@ def test_the_query_log_has_a_line_for_each_answer(tmp_path: Path) -> None:
     assert lines[0]["name"] == f"web.default.{Z}"
     assert "\x1b" not in str(lines[1]["name"])
     assert str(lines[0]["client"]).startswith("127.0.0.1#")
+
+
+# ----------------------------------------------------------------------------------------------------- beside an agent
+
+
+def test_a_change_stands_in_answers_when_it_has_been_told(tmp_path: Path) -> None:
+    """Told by one thread and answered by another, again and again, with everything prepared."""
+    log = Lines()
+    answers = Answers(Rules())
+    names = NameService(answers, [Listen("127.0.0.1", 0)], log)
+    names.start()
+    try:
+        (served,) = [fields for event, fields in log.lines if event == "names served"]
+        port = int(str(served["addresses"]).rpartition(":")[2].strip("]'"))
+        assert said(ask_udp(port, WEB) or b"")[0] == "SERVFAIL"
+        changed = views(tmp_path)
+        web = next(name for name in changed if name.name == "web")
+        names.update(Update(dict(changed)))
+        for number in range(200):
+            view = changed[web]
+            assert view is not None
+            assert view.service is not None
+            vip = parse_address(f"10.96.1.{number}")
+            names.update(Update({web: replace(view, service=replace(view.service, cluster_ips=(vip,)))}))
+            for _ in range(2):
+                assert said(ask_udp(port, WEB) or b"")[1] == [f"web.default.{Z} A 10.96.1.{number}"]
+        assert names.service_counts()[web] == 400
+    finally:
+        names.close()
+    assert ask_udp_refused(port)
+
+
+def ask_udp_refused(port: int) -> bool:
+    """Whether nobody listens there any more."""
+    try:
+        return ask_udp(port, WEB, 1) is None
+    except ConnectionRefusedError:
+        return True
 
 
 # --------------------------------------------------------------------------------------------------------- command line
@@ -377,6 +439,54 @@ def test_the_command_serves_follows_its_manifests_and_ends(tmp_path: Path) -> No
             assert process.wait(20) == 0
 
 
+def test_names_come_from_a_kubernetes_api_as_well(tmp_path: Path) -> None:
+    """The API has one Service, and then another one."""
+    api = KubeApi()
+    api.put(service("web", "10.96.0.10"))
+    api.put(endpoint_slice("web-1", "web", "10.244.0.5"))
+    loop = asyncio.new_event_loop()
+    over = asyncio.Event()
+
+    def run() -> None:
+        with asyncio.Runner(loop_factory=lambda: loop) as runner:  # which cancels what is left
+            runner.run(over.wait())
+
+    thread = threading.Thread(target=run)
+    thread.start()
+
+    def call(work: Coroutine[Any, Any, Any]) -> None:
+        asyncio.run_coroutine_threadsafe(work, loop).result(30)
+
+    async def put(name: str, vip: str) -> None:
+        api.put(service(name, vip))
+
+    process = None
+    try:
+        call(api.start())
+        config = tmp_path / "kubeconfig"
+        config.write_text(kubeconfig(api.url))
+        words = command("dns", "--kubeconfig", str(config), "--listen", "127.0.0.1:0", "--log-format", "json")
+        process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+        assert process.stderr is not None
+        port = int(json.loads(process.stderr.readline())["addresses"][0].rpartition(":")[2])
+        eventually("all is listed", lambda: said(ask_udp(port, WEB) or b"")[0] == "NOERROR")
+        late = packet(f"late.default.{Z}")
+        assert said(ask_udp(port, late) or b"")[0] == "NXDOMAIN"
+        call(put("late", "10.96.0.11"))
+        eventually(
+            "the watch tells", lambda: said(ask_udp(port, late) or b"")[1][-1:] == [f"late.default.{Z} A 10.96.0.11"]
+        )
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+    finally:
+        if process is not None:
+            process.kill()
+            process.communicate()
+        call(api.stop())
+        loop.call_soon_threadsafe(over.set)
+        thread.join(10)
+
+
 def test_query_explains_how_an_answer_comes_about(tmp_path: Path) -> None:
     views(tmp_path)
     done = subprocess.run(
@@ -399,3 +509,7 @@ def test_query_explains_how_an_answer_comes_about(tmp_path: Path) -> None:
     assert none.returncode == 1
     assert none.stdout.splitlines()[0] == f"none.data.data.{Z} SRV: NXDOMAIN"
     assert "    no Service data/none: NXDOMAIN" in none.stdout.splitlines()
+    before = subprocess.run(
+        command("dns", "-f", str(tmp_path), "query", "web"), capture_output=True, text=True, check=False, timeout=60
+    )
+    assert (before.returncode, before.stderr) == (2, "dataplane: options of query go behind its name\n")

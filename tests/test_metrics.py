@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import yaml
 from prometheus_client import CollectorRegistry, generate_latest
@@ -48,10 +49,29 @@ def samples(text: str) -> dict[str, list[tuple[dict[str, str], float]]]:
     return found
 
 
-FULL = view_of(look(service("default/web:http", "10.0.1.175", *TWO), counts=Counts("probe", (), {"full": 3})))
+DNS = {
+    "listen": ["10.244.0.1:53"],
+    "queries": {"udp": 12, "tcp": 3},
+    "rcodes": {"0": 9, "3": 5},
+    "limited": {"dropped": 1, "truncated": 0},
+    **dict.fromkeys(("malformed", "forwarded", "upstreamFailures", "closedConnections"), 0),
+    **dict.fromkeys(("services", "prepared", "connections"), 2),
+}
+FULL = view_of(look(service("default/web:http", "10.0.1.175", *TWO), counts=Counts("probe", (), {"full": 3})), dns=DNS)
+FULL = msgspec.structs.replace(FULL, names={"default/web": 9})
 EVERYTHING = samples(text_of(FULL)) | samples(
     text_of(view_of(look(service("default/web:http", "10.0.1.175", *TWO), mode="nftables")))
 )
+
+
+def test_answers_to_names_are_told_by_rcode_and_by_service() -> None:
+    answers = {labels["rcode"]: value for labels, value in EVERYTHING["dataplane_dns_answers_total"]}
+    assert (answers["NOERROR"], answers["NXDOMAIN"], answers["SERVFAIL"]) == (9, 5, 0)
+    assert EVERYTHING["dataplane_dns_service_answers_total"] == [({"namespace": "default", "service": "web"}, 9)]
+
+
+def test_an_agent_without_names_has_no_figures_of_them() -> None:
+    assert "dataplane_dns" not in text_of(view_of(look(service("default/web:http", "10.0.1.175", *TWO))))
 
 
 def test_a_backends_hits_have_its_address_and_its_services_name() -> None:

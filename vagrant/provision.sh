@@ -16,7 +16,8 @@ BASE_PACKAGES=(
   nftables iptables ipvsadm ipset conntrack iproute2 iputils-ping kmod procps mount strace
   curl ca-certificates git make
 )
-TEST_PACKAGES=(chromium fonts-dejavu-core bind9-dnsutils ruby vagrant)
+TEST_PACKAGES=(bind9-dnsutils ruby vagrant)
+BROWSER_PACKAGES=(chromium fonts-dejavu-core)
 MODULES=(
   ip_vs ip_vs_rr ip_vs_wrr ip_vs_lc ip_vs_wlc ip_vs_sh ip_vs_mh ip_vs_sed ip_vs_nq ip_vs_dh
   ip_vs_lblc ip_vs_lblcr ip_vs_fo ip_vs_ovf ip_vs_twos dummy nf_conntrack
@@ -115,8 +116,11 @@ case $distribution in
 esac
 
 install_packages "${BASE_PACKAGES[@]}"
-# Ubuntu has Chromium as a snap only; the browser tests are skipped there
-if [ -n "$tests" ] && [[ $distribution != *ubuntu* ]]; then install_packages "${TEST_PACKAGES[@]}"; fi
+if [ -n "$tests" ]; then
+  # Ubuntu has Chromium as a snap only; the browser tests are skipped there
+  if [[ $distribution != *ubuntu* ]]; then TEST_PACKAGES+=("${BROWSER_PACKAGES[@]}"); fi
+  install_packages "${TEST_PACKAGES[@]}"
+fi
 load_modules
 if ! as_root vagrant/has-ipvs.sh && [[ $distribution == *ubuntu* ]]; then
   # Ubuntu's cloud images leave part of the modules out; they come in a package for just this kernel.

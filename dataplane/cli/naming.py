@@ -66,6 +66,8 @@ def dns(ctx: click.Context, /, config_file: str | None, **given: Any) -> None:
     its work with `run --dns`. SIGTERM ends it.
     """
     if ctx.invoked_subcommand is not None:
+        if config_file or any(value not in (None, ()) for value in given.values()):
+            raise UsageError(f"options of {ctx.invoked_subcommand} go behind its name")
         return
     import asyncio
 

@@ -19,7 +19,7 @@ from typing import NoReturn
 from ..errors import DataplaneError, KernelError, NotRoot, PreflightError
 from ..netlink_socket import NETLINK_GENERIC, NetlinkSocket, resolve_family
 from ..run_tool import SYSTEM_PATH, run_tool
-from . import ending, ipvs_act, other_acts
+from . import ending, ipvs_act, names_act, other_acts
 from .play import Play
 from .shell import run_shell
 from .stage import NO_KERNEL_FIX, build_stage
@@ -27,6 +27,7 @@ from .tutorial import EXAMPLE, read_tutorial
 
 TOOLS = {
     "curl": "curl",
+    "getent": "libc-bin",
     "ip": "iproute2",
     "iptables-save": "iptables",
     "ipvsadm": "ipvsadm",
@@ -43,6 +44,7 @@ STEPS = (
     ipvs_act.drain,
     ipvs_act.show_own_view,
     other_acts.nftables,
+    names_act.names,
     other_acts.iptables,
 )
 

@@ -69,13 +69,14 @@ class Play:
                 with ended(self.agent):
                     pass
 
-    def launch(self, mode: str) -> None:
-        """Start the agent and wait for its first sync."""
+    def launch(self, mode: str, *, more: str = "", servers: int = 1) -> None:
+        """Start the agent, with `more` options, and wait for its first sync, which makes so many virtual servers."""
         begun = time.monotonic()
         # about a dozen programs run while the pod drains, and on a slow machine each takes its time
         patience = max(10, round(12 * self.page.pace))
         self.drain_seconds = patience
         words = f"run -f hostnames.yaml --mode {mode} --drain-seconds {patience} --log-format human"
+        words += f" {more}" if more else ""
         self.page.command("node", f"dataplane {words} 2>agent.log &")
         with self.log.open("w") as log:
             self.agent = self.stage.start(
@@ -97,7 +98,7 @@ class Play:
             time.sleep(0.05)
         self.page.claim(
             f"in sync: {status['lastSync']['milliseconds']:.1f} ms from plan to the kernel's last answer",
-            status["healthy"] and status["virtualServers"] == 1,
+            status["healthy"] and status["virtualServers"] == servers,
             str(status),
         )
 

@@ -65,7 +65,11 @@ class Stage:
 
     def argv(self, where: str, command: Sequence[str]) -> list[str]:
         """A command that runs in one of the namespaces, and ends when this process dies."""
-        return ["setpriv", "--pdeathsig", "TERM", "ip", "netns", "exec", self.namespace(where), *command]
+        inside = ["setpriv", "--pdeathsig", "TERM", "ip", "netns", "exec", self.namespace(where)]
+        if where == "client" and self.folder is not None and (self.folder / "resolv.conf").exists():
+            # `ip netns exec` has made mounts of its own, so this machine's file is what it was
+            inside += ["sh", "-c", f'mount --bind {self.folder}/resolv.conf /etc/resolv.conf && exec "$@"', "sh"]
+        return [*inside, *command]
 
     def start(
         self, where: str, command: Sequence[str], *, stdout: int = subprocess.PIPE, stderr: int = subprocess.DEVNULL

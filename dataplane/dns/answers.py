@@ -15,12 +15,33 @@ from typing import NamedTuple
 
 from ..model import ObjectName, ServiceView
 from .names import Labels
-from .query import BADVERS, CD, HEADER, MOST_SIZE, RD, TC, Query, Refusal, read_query
-from .records import NOERROR, NXDOMAIN, REFUSED, SERVFAIL, SOA, ZONE, Dependency, Found, Records, Rules
+from .query import CD, HEADER, MOST_SIZE, RD, TC, Query, Refusal, read_query
+from .records import Records, Rules
+from .rrsets import (
+    AAAA,
+    ANY,
+    CNAME,
+    HTTPS,
+    NS,
+    PTR,
+    REFUSED,
+    SERVFAIL,
+    SOA,
+    SRV,
+    TXT,
+    ZONE,
+    A,
+    Dependency,
+    Found,
+)
 from .wire import Body, apex, denial, render
 
 MOST_PREPARED = 1 << 16
 """Prepared answers in all; with more, all are made anew as they are asked for."""
+MOST_VARIANTS = 16
+"""Of them for one name and type: clients differ by a few flags and sizes, and only strangers by more."""
+KEPT_TYPES = frozenset((A, NS, CNAME, PTR, TXT, AAAA, SRV, HTTPS, ANY))
+"""Of other types a name of ours has nothing, which is quickly said, and there are 65,536 of them."""
 _RESPONSE, _AUTHORITATIVE, _RECURSIVE = 0x8000, 0x0400, 0x0080
 _SHORT = struct.Struct("!H")
 _COUNTS = struct.Struct("!HHHH")
@@ -67,8 +88,9 @@ class Answers:
         self._records = Records(rules)
         self._lock = threading.Lock()
         self._ready: dict[bytes, Prepared] = {}
-        self._bodies: dict[tuple[Labels, int], Body] = {}
-        self._made_from: dict[Dependency, set[tuple[Labels, int]]] = {}
+        self._bodies: dict[bytes, Body] = {}
+        """By name, in lower case, and type."""
+        self._made_from: dict[Dependency, set[bytes]] = {}
         self._counted: dict[ObjectName, int] = {}
         """Answers for each Service, those of prepared ones as above."""
         self._serial = int(time.time())
@@ -88,7 +110,7 @@ class Answers:
                 self._serial = max(self._serial + 1, int(time.time()))
             self.synced = self.synced or synced
 
-    def _forget(self, key: tuple[Labels, int]) -> None:
+    def _forget(self, key: bytes) -> None:
         body = self._bodies.pop(key, None)
         if body is None:
             return
@@ -162,10 +184,11 @@ class Answers:
             return self._answer(packet, query, udp)
 
     def _answer(self, packet: bytes, query: Query, udp: bool) -> bytes | Elsewhere:
-        key = (query.labels, query.qtype)
+        end = query.question_end
+        key = packet[HEADER : end - 4].lower() + packet[end - 4 : end - 2]
         body = self._bodies.get(key)
         if body is None:
-            found = self._records.look(*key)
+            found = self._records.look(query.labels, query.qtype)
             if found is None:
                 if self._recursive:
                     return Elsewhere(query)
@@ -176,17 +199,17 @@ class Answers:
                 return refusal(packet, Refusal(SERVFAIL, query.question_end, query.edns))
             if found.alias and self._recursive:
                 return Elsewhere(query, found)
-            body = self._make(key, found)
-            if body.depends:
+            body = self._make(query.labels, query.qtype, found)
+            if body.depends and query.qtype in KEPT_TYPES:
                 self._keep(key, body)
             else:
+                body.depends = ()
                 self.count(body.rcode)
         if body.depends:
             body.uses += 1
         return self._write(packet, query, body, udp)
 
-    def _make(self, key: tuple[Labels, int], found: Found) -> Body:
-        labels, qtype = key
+    def _make(self, labels: Labels, qtype: int, found: Found) -> Body:
         if found.answer:
             body = render(labels, qtype, found)
             self.made += 1
@@ -197,7 +220,7 @@ class Answers:
         body.depends = found.depends
         return body
 
-    def _keep(self, key: tuple[Labels, int], body: Body) -> None:
+    def _keep(self, key: bytes, body: Body) -> None:
         if len(self._ready) >= MOST_PREPARED or len(self._bodies) >= MOST_PREPARED:
             for each in self._bodies.values():
                 self._retire(each)
@@ -216,7 +239,7 @@ class Answers:
         if not udp or not query.plain or not body.depends:
             turn = body.step * (body.uses % max(1, body.answers)) % len(tail) if body.step and tail else 0
             return packet[:2] + head + question + tail[turn:] + tail[:turn] + opt
-        if len(self._ready) < MOST_PREPARED:
+        if len(body.keys) < MOST_VARIANTS:
             end = packet.find(0, HEADER)
             packet_key = packet[2:HEADER] + packet[HEADER:end].lower() + packet[end:]
             if end + 5 == query.question_end:  # a label with a zero byte in it is nobody's name
@@ -290,6 +313,3 @@ def _service_of(depends: tuple[object, ...]) -> ObjectName | None:
 
 def _opt(query: Query) -> bytes:
     return _OPT_RECORD.pack(0, 41, MOST_SIZE, 0, 0, 0x8000 if query.dnssec_ok else 0, 0)
-
-
-__all__ = ["BADVERS", "NOERROR", "NXDOMAIN", "Answers", "Elsewhere"]

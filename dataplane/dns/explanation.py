@@ -6,7 +6,7 @@ from ..model import parse_address
 from .answers import Answers
 from .names import Labels, as_text, reverse_labels
 from .query_log import RCODES
-from .records import NOERROR, NXDOMAIN, REFUSED, TYPES, Found
+from .rrsets import NOERROR, REFUSED, TYPES, Found
 
 NDOTS = 5
 """A name with fewer dots is tried with the search domains first, as in a pod's resolv.conf."""
@@ -86,6 +86,3 @@ def as_lines(document: dict[str, Any]) -> list[str]:
     for record in (*document["answers"], *document["additional"]):
         lines.append(f"{record['name']}  {record['ttl']}  IN  {record['type']}  {record['data']}")
     return lines
-
-
-__all__ = ["NXDOMAIN", "as_lines", "explain"]

@@ -7,7 +7,7 @@ import struct
 from typing import NamedTuple
 
 from .names import Labels, read_name
-from .records import FORMERR, NOTIMP, REFUSED
+from .rrsets import FORMERR, NOTIMP, REFUSED
 
 HEADER = 12
 QR, TC, RD, CD = 0x8000, 0x0200, 0x0100, 0x0010

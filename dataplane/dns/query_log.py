@@ -6,7 +6,7 @@ from typing import Any, Protocol
 from ..printable import printable
 from .names import as_text
 from .query import Query, read_query
-from .records import TYPES
+from .rrsets import TYPES
 
 MOST_LINES = 1000
 """A second; further ones are counted."""

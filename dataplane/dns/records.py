@@ -10,28 +10,37 @@ Where CoreDNS (plugin/kubernetes: parseRequest, findServices) gives more than th
 that the DNS knows as an empty one, `Rules.coredns` chooses.
 """
 
-from collections.abc import Iterator, Mapping
-from typing import NamedTuple, TypeVar
+from collections.abc import Mapping
+from typing import TypeVar
 
 from msgspec import Struct
 
-from ..model import Address, ObjectName, Protocol, Service, ServiceType, ServiceView, format_address
-from .names import Labels, as_text, dashed, parse_domain, reverse_address, reverse_labels
+from ..model import Address, ObjectName, Service, ServiceType, ServiceView, format_address
+from .endpoints import Target, cluster_ips, headless_targets, targets
+from .names import Labels, as_text, parse_domain, reverse_address
+from .rrsets import (
+    AAAA,
+    ANY,
+    CNAME,
+    NOERROR,
+    NS,
+    NXDOMAIN,
+    PTR,
+    SRV,
+    TXT,
+    ZONE,
+    A,
+    Dependency,
+    Found,
+    RRset,
+    address_sets,
+)
 
-A, NS, CNAME, SOA, PTR, HINFO, TXT, AAAA, SRV, ANY = 1, 2, 5, 6, 12, 13, 16, 28, 33, 255
-"""Record types by number (IANA, DNS parameters)."""
-TYPES = {"A": A, "NS": NS, "CNAME": CNAME, "SOA": SOA, "PTR": PTR, "TXT": TXT, "AAAA": AAAA, "SRV": SRV, "ANY": ANY}
-NOERROR, FORMERR, SERVFAIL, NXDOMAIN, NOTIMP, REFUSED = 0, 1, 2, 3, 4, 5
 VERSION, VERSION_TTL = "1.1.0", 28800
 ALIASES = 8
 """CNAME records in a row that are followed, as many as CoreDNS follows."""
 ANY_TTL = 3600
-
 _Entry = TypeVar("_Entry")
-Dependency = ObjectName | Address
-"""What an answer was made from: a Service by name, or whoever has an address."""
-ZONE = ObjectName("", "")
-"""The server itself, which does not change."""
 
 
 class Rules(Struct, frozen=True):
@@ -46,38 +55,6 @@ class Rules(Struct, frozen=True):
     coredns: bool = True
     ignore_empty: bool = False
     addresses: tuple[Address, ...] = ()
-
-
-class RRset(NamedTuple):
-    """Records of one name and type, as text (RFC 1035 master files)."""
-
-    name: str
-    type: str
-    ttl: int
-    data: tuple[str, ...]
-
-
-class Found(NamedTuple):
-    """What there is to say to a question. NOERROR without an answer is NODATA.
-
-    `zone`: labels of the zone whose SOA goes with a denial. `depends`: () = not to be kept. `alias`: the last name of
-    a chain of CNAMEs that leads out of the zone, "" = it does not.
-    """
-
-    rcode: int
-    zone: Labels
-    answer: tuple[RRset, ...] = ()
-    additional: tuple[RRset, ...] = ()
-    depends: tuple[Dependency, ...] = ()
-    alias: str = ""
-
-
-class Target(NamedTuple):
-    """One usable endpoint of a Service: its label, its address and its ports (name, protocol, number)."""
-
-    label: str
-    address: Address
-    ports: tuple[tuple[str, str, int], ...]
 
 
 class Records:
@@ -118,16 +95,16 @@ class Records:
             self._namespaces[name.namespace] = count
         else:
             self._namespaces.pop(name.namespace, None)
-        for address in _vips(before):
+        for address in cluster_ips(before):
             _discard(self._vips, address, name)
             touched.add(address)
-        for address in _vips(after):
+        for address in cluster_ips(after):
             self._vips[address] = (*self._vips.get(address, ()), name)
             touched.add(address)
-        for target in _headless(before):
+        for target in headless_targets(before):
             _discard(self._hosts, target.address, (name, target.label))
             touched.add(target.address)
-        for target in _headless(after):
+        for target in headless_targets(after):
             self._hosts[target.address] = (*self._hosts.get(target.address, ()), (name, target.label))
             touched.add(target.address)
 
@@ -157,7 +134,7 @@ class Records:
             _tell(steps, "it is the zone itself")
             if qtype == NS:
                 server = as_text(("ns", "dns", *zone))
-                glue = _addresses(server, rules.addresses, rules.ttl, (A, AAAA))
+                glue = address_sets(server, rules.addresses, rules.ttl, (A, AAAA))
                 return self._some((RRset(as_text(zone), "NS", rules.ttl, (server,)),), glue)
             return self._empty("has no such record", steps)  # its SOA is made where the serial is (`answers`)
         if rest == ("dns-version",):
@@ -166,7 +143,9 @@ class Records:
             return self._some((text,)) if qtype == TXT else self._empty("has TXT only", steps)
         if rest in (("dns",), ("ns", "dns")):
             _tell(steps, "it is this server's own name")
-            answer = _addresses(as_text((*rest, *zone)), rules.addresses if len(rest) == 2 else (), rules.ttl, (qtype,))
+            answer = address_sets(
+                as_text((*rest, *zone)), rules.addresses if len(rest) == 2 else (), rules.ttl, (qtype,)
+            )
             return self._some(answer) if answer else self._empty("has no such record", steps)
         if rest[-1] != "svc":
             if rest == ("pod",) and rules.coredns:
@@ -222,7 +201,7 @@ class Records:
         if qtype == SRV and (port or coredns):
             entries = [(each.port, own) for each in ports] if service.cluster_ips else []
             return self._srv(
-                asked, entries, _addresses(own, service.cluster_ips, self.rules.ttl, (A, AAAA)), name, steps
+                asked, entries, address_sets(own, service.cluster_ips, self.rules.ttl, (A, AAAA)), name, steps
             )
         if port and not coredns:
             return self._empty("a port's name has SRV only", steps, name)
@@ -255,7 +234,9 @@ class Records:
             for each in found:
                 known.setdefault(as_text((each.label, *base)), []).append(each.address)
             extras = tuple(
-                one for host, some in known.items() for one in _addresses(host, tuple(some), self.rules.ttl, (A, AAAA))
+                one
+                for host, some in known.items()
+                for one in address_sets(host, tuple(some), self.rules.ttl, (A, AAAA))
             )
             return self._srv(own, entries, extras, name, steps)
         if port and not coredns:
@@ -331,7 +312,7 @@ class Records:
     def _addressed(
         self, owner: str, addresses: tuple[Address, ...], qtype: int, name: ObjectName, steps: list[str] | None
     ) -> Found:
-        answer = _addresses(owner, addresses, self.rules.ttl, (qtype,))
+        answer = address_sets(owner, addresses, self.rules.ttl, (qtype,))
         if not answer:
             return self._empty("of this type it has nothing", steps, name)
         return Found(NOERROR, self.zone, answer, (), (name,))
@@ -358,42 +339,6 @@ def extra_of(extra: Labels) -> tuple[str, str]:
     return extra[0].removeprefix("_"), extra[1].removeprefix("_")
 
 
-def targets(view: ServiceView) -> Iterator[Target]:
-    """Endpoints that have names: ready ones, or all of a Service that publishes those too; one address once."""
-    assert view.service is not None
-    unready = view.service.publish_not_ready
-    seen: dict[tuple[str, Address], Target] = {}
-    for one in view.slices:
-        ports = tuple((port.name, Protocol(port.protocol).name.lower(), port.port) for port in one.ports if port.port)
-        for endpoint in one.endpoints:
-            if endpoint.ready or unready:
-                target = Target(endpoint.hostname or dashed(endpoint.address), endpoint.address, ports)
-                before = seen.get(target[:2])
-                merged = ports if before is None else tuple(dict.fromkeys((*before.ports, *ports)))
-                seen[target[:2]] = target._replace(ports=merged)
-    yield from seen.values()
-
-
-def _headless(view: ServiceView | None) -> Iterator[Target]:
-    if view is not None and view.service is not None and view.service.headless:
-        yield from targets(view)
-
-
-def _vips(view: ServiceView | None) -> tuple[Address, ...]:
-    if view is None or view.service is None or view.service.type is ServiceType.EXTERNAL_NAME:
-        return ()
-    return view.service.cluster_ips
-
-
-def _addresses(owner: str, addresses: tuple[Address, ...], ttl: int, types: tuple[int, ...]) -> tuple[RRset, ...]:
-    found = []
-    for qtype, text, width in ((A, "A", 4), (AAAA, "AAAA", 16)):
-        data = tuple(format_address(each) for each in addresses if len(each) == width) if qtype in types else ()
-        if data:
-            found.append(RRset(owner, text, ttl, data))
-    return tuple(found)
-
-
 def _discard(index: dict[Address, tuple[_Entry, ...]], address: Address, entry: _Entry) -> None:
     kept = tuple(each for each in index.get(address, ()) if each != entry)
     if kept:
@@ -405,6 +350,3 @@ def _discard(index: dict[Address, tuple[_Entry, ...]], address: Address, entry: 
 def _tell(steps: list[str] | None, text: str) -> None:
     if steps is not None:
         steps.append(text)
-
-
-__all__ = ["Found", "RRset", "Records", "Rules", "reverse_labels", "targets"]

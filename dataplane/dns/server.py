@@ -19,12 +19,14 @@ from .answers import Answers, Elsewhere, refusal
 from .query import HEADER, Refusal, read_query
 from .query_log import Log, QueryLog
 from .rate_limit import DROP, PASS, RateLimit
-from .records import SERVFAIL
+from .rrsets import SERVFAIL
 from .udp_batch import BATCH, BatchSocket, Letter, PlainSocket, client_of, open_batches, open_udp
 from .upstream import Upstreams
 
 ROUNDS = 8
 """Batches in a row from one socket before others have their turn."""
+LATER = b""
+"""In place of an answer that an upstream has to give first."""
 
 
 class Limits(Struct, frozen=True):
@@ -131,10 +133,10 @@ class DnsServer:
                     answer = quick(packet)
                     if answer is None:
                         answer = self._by_hand(packet, batches, index)
-                if watched and self._query_log is not None:
+                if watched and self._query_log is not None and answer is not LATER:
                     client, port = client_of(batches.letter(index, packet).name)
                     self._query_log.tell(f"{client}#{port}", "udp", packet, answer, started)
-                if answer is not None:
+                if answer:
                     out.append((index, answer))
             if out:
                 batches.send(out)
@@ -151,11 +153,15 @@ class DnsServer:
             return packet[:2] + (0x8000 | SERVFAIL).to_bytes(2) + bytes(8) if len(packet) >= HEADER else None
         if isinstance(answer, Elsewhere):
             self._spawn(self._reply_later(batches, batches.letter(index, packet), answer))
-            return None
+            return LATER
         return answer
 
     async def _reply_later(self, batches: BatchSocket | PlainSocket, letter: Letter, elsewhere: Elsewhere) -> None:
+        started = time.perf_counter()
         answer = await self._from_upstream(letter.packet, elsewhere, udp=True)
+        if self._query_log is not None:
+            client, port = client_of(letter.name)
+            self._query_log.tell(f"{client}#{port}", "udp", letter.packet, answer, started)
         with contextlib.suppress(OSError):
             batches.reply(letter, answer)
 
@@ -192,7 +198,10 @@ class DnsServer:
                 await self._serve(reader, connection, f"{peer[0]}#{peer[1]}")
         finally:
             self._connections.discard(connection)
-            writer.transport.abort() if writer.transport.get_write_buffer_size() else writer.close()
+            if writer.transport.get_write_buffer_size():
+                writer.transport.abort()  # who does not take his answers must not keep us
+            else:
+                writer.close()
 
     async def _serve(self, reader: asyncio.StreamReader, connection: Connection, client: str) -> None:
         writer, limits = connection.writer, self._limits

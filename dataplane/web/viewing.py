@@ -2,10 +2,11 @@
 
 import asyncio
 import contextlib
+import json
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
 from msgspec import DecodeError, Struct
@@ -41,6 +42,8 @@ class View(Struct, frozen=True):
     trouble: str = ""
     conntrack: tuple[int | None, int | None] = (None, None)
     """Entries and their limit in this network namespace."""
+    names: Mapping[str, int] = {}
+    """Answers to names of each Service, where the agent answers names."""
 
     @property
     def backends(self) -> int:
@@ -121,13 +124,14 @@ class Watch:
                     self._agent = ControlClient(PATIENCE)
                 raw = self._agent.ask("look")
                 status = self._agent.status()
+                names = json.loads(self._agent.ask("names")) if status.get("dns") else {}
                 look, rows = self._decode(raw)
             except (DataplaneError, DecodeError) as error:
                 if self._agent is not None:
                     self._agent.close()
                 self._agent, self._raw = None, b""
                 return View(number, trouble=str(error), conntrack=conntrack)
-            return View(number, look, rows, status, conntrack=conntrack)
+            return View(number, look, rows, status, conntrack=conntrack, names=names)
 
     def _decode(self, raw: bytes) -> tuple[Look, tuple[ServiceRow, ...]]:
         last = self._view
