@@ -35,6 +35,16 @@ def test_topology_reaches_pods_from_the_client_in_both_families(topology: Topolo
     topology.pods[0].ns.run("ping", "-c1", "-W2", topology.pods[1].v4)
 
 
+def test_microvm_takes_a_kernel_that_is_not_installed(tmp_path: Path) -> None:
+    (tmp_path / "boot").mkdir()
+    for version in ("6.9.1-amd64", "6.12.3-amd64"):
+        (tmp_path / "boot" / f"vmlinuz-{version}").touch()
+    told = subprocess.run([MICROVM, "-k", tmp_path, "-V"], capture_output=True, text=True, check=True)
+    assert told.stdout == "6.12.3-amd64\n"
+    refused = subprocess.run([MICROVM, "-k", "0.0.1", "-V"], capture_output=True, text=True, check=False)
+    assert (refused.returncode, refused.stderr) == (125, "microvm: no kernel to boot is installed: run make setup\n")
+
+
 boots = pytest.mark.skipif(os.geteuid() != 0 or has_ipvs(), reason="the micro-VM is only used as root without IPVS")
 
 
