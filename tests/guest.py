@@ -9,7 +9,7 @@ Environment:
 DATAPLANE_REQUIRE_KERNEL=1  a skip of a test marked `root` or `ipvs` is a failure
 DATAPLANE_VM_FORCE=1        use the micro-VM although this kernel would do
 DATAPLANE_VM_CPUS=2         processors of the micro-VM
-DATAPLANE_VM_SECONDS=3600   its time limit
+DATAPLANE_VM_SECONDS=4800   its time limit
 DATAPLANE_VM_KERNEL         its kernel: what vagrant/microvm.sh -k takes (default: the newest that is installed)
 DATAPLANE_VM_SCRIPT         another script in place of vagrant/microvm.sh (for the tests of this file)
 """
@@ -91,7 +91,7 @@ class Guest:
                     *("setpriv", "--pdeathsig", "TERM", "--"),
                     *(MICROVM, "-o", str(self.folder), "-m", "4096"),
                     *("-c", os.environ.get("DATAPLANE_VM_CPUS", "2")),
-                    *("-t", os.environ.get("DATAPLANE_VM_SECONDS", "3600")),
+                    *("-t", os.environ.get("DATAPLANE_VM_SECONDS", "4800")),
                     *KERNEL_OPTION,
                     *("--", sys.executable, "-m", "pytest", *pytest_arguments),
                 ],
