@@ -76,8 +76,11 @@ class Play:
         patience = max(10, round(12 * self.page.pace))
         self.drain_seconds = patience
         words = f"run -f hostnames.yaml --mode {mode} --drain-seconds {patience} --log-format human"
-        words += f" {more}" if more else ""
-        self.page.command("node", f"dataplane {words} 2>agent.log &")
+        shown = f"dataplane {words}"
+        if more:
+            words += f" {more}"
+            shown += f" \\\n        {more}"
+        self.page.command("node", f"{shown} 2>agent.log &")
         with self.log.open("w") as log:
             self.agent = self.stage.start(
                 "node",
