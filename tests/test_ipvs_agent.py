@@ -84,7 +84,7 @@ def test_damage_is_repaired_and_what_is_not_ours_left_alone(agent: NodeAgent) ->
             ns.run("nft", "-f", "-", stdin=FOREIGN_TABLE)
         if what == "everything in IPVS removed":
             ns.run("ipvsadm", "-R", stdin=FOREIGN_SERVERS)
-        eventually(f"{what}: repaired", lambda: words(picture(ns)) == words(whole), 40)
+        eventually(f"{what}: repaired", lambda: words(picture(ns)) == words(whole), 120)
     assert agent.status()["healthy"]
 
 
