@@ -16,7 +16,7 @@ from .errors import KernelError, UsageError
 from .model import Address, Network, RealServer, VirtualAddress, VirtualServer
 from .plan import Plan, State
 from .sightings import Look, Witness
-from .walk import Remembered, Situation, Stage, Walk
+from .walk import Detection, Remembered, Situation, Stage, Walk
 
 
 class Options(Struct, frozen=True):
@@ -41,6 +41,10 @@ class Options(Struct, frozen=True):
     timeouts: tuple[int, int, int] = (0, 0, 0)
     iptables_compat: str = "classic"
     iptables_tool: str = ""
+
+    def detection(self) -> Detection:
+        """How clients inside the cluster are told."""
+        return Detection(*(getattr(self, name) for name in Detection.__struct_fields__))
 
 
 NO_SETTINGS: Mapping[str, int] = {}

@@ -30,20 +30,9 @@ from .model import (
     parse_address,
 )
 from .printable import printable
-from .walk import Detection, Question, Situation, Stage, Verdict, Walk, walk
+from .walk import Question, Situation, Stage, Verdict, Walk, walk
 
 # ------------------------------------------------------------------------------------------------------ situations
-
-
-def detection_of(options: Options) -> Detection:
-    """How rules written with these options tell clients."""
-    return Detection(
-        options.masquerade_all,
-        options.cluster_cidrs,
-        options.bridge_interface,
-        options.interface_prefix,
-        options.service_cidrs,
-    )
 
 
 def wanted_situation(desired: Desired, backend: Backend, options: Options) -> Situation:
@@ -56,7 +45,7 @@ def wanted_situation(desired: Desired, backend: Backend, options: Options) -> Si
         if server.bound:
             vips.add(at.address)
         hairpins.update(real.address for real in server.real_servers if real.local)
-    return Situation(servers, vips, hairpins, detection_of(options))
+    return Situation(servers, vips, hairpins, options.detection())
 
 
 def shown_server(backend: Backend, server: VirtualServer) -> VirtualServer:

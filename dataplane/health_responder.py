@@ -20,7 +20,7 @@ from http import HTTPStatus
 from typing import Any, NamedTuple, Protocol
 
 from .desired import HealthCheck, Rules
-from .http_answer import REQUEST_BYTES, message, read_head, requested
+from .http_answer import REQUEST_BYTES, Turns, message, requested
 from .model import Address, Family, ObjectName, format_address
 
 REQUEST_SECONDS = 5.0
@@ -67,7 +67,7 @@ class HealthResponder:
         self._owners: dict[int, ObjectName] = {}
         self._servers: dict[Listener, asyncio.Server] = {}
         self._troubles: dict[tuple[ObjectName, int], str] = {}
-        self._clients = 0
+        self._turns = Turns()
 
     async def follow(self, checks: Mapping[ObjectName, HealthCheck], rules: Rules) -> None:
         """Listen on just these ports from now on, and answer with these counts. Costs nothing when nothing changed."""
@@ -162,23 +162,11 @@ class HealthResponder:
     # ----------------------------------------------------------------------------------------------------- answering
 
     async def _answer(self, listener: Listener, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if self._clients >= MOST_CLIENTS:
-            writer.transport.abort()
-            return
-        self._clients += 1
-        try:
-            with contextlib.suppress(OSError, asyncio.IncompleteReadError, ValueError, TimeoutError):
-                async with asyncio.timeout(REQUEST_SECONDS):
-                    request = await read_head(reader)
-                    owner = self._owners.get(listener.port)
-                    if request and owner is not None:
-                        writer.write(self._response(request, owner, self._checks[owner], len(listener.address)))
-                        writer.write_eof()
-                        await writer.drain()
-                        await reader.read(REQUEST_BYTES)  # closing with unread data would take the answer back
-        finally:
-            self._clients -= 1
-            writer.transport.abort()
+        def respond(request: bytes) -> bytes:
+            owner = self._owners.get(listener.port)
+            return self._response(request, owner, self._checks[owner], len(listener.address)) if owner else b""
+
+        await self._turns.answer(reader, writer, respond, MOST_CLIENTS, REQUEST_SECONDS)
 
     def _response(self, request: bytes, owner: ObjectName, check: HealthCheck, width: int) -> bytes:
         asked = requested(request)

@@ -16,7 +16,7 @@ from http import HTTPStatus
 from typing import Any, NamedTuple, Protocol
 
 from .errors import DataplaneError
-from .http_answer import REQUEST_BYTES, message, read_head, requested
+from .http_answer import REQUEST_BYTES, Turns, message, requested
 from .printable import printable
 from .tcp_listener import Listen, open_listener
 
@@ -71,7 +71,7 @@ class HealthzServer:
         self._server: asyncio.Server | None = None
         self._task: asyncio.Task[None] | None = None
         self._trouble = ""
-        self._clients = 0
+        self._turns = Turns()
 
     def start(self) -> None:
         """Listen, now or as soon as the port is free."""
@@ -103,22 +103,7 @@ class HealthzServer:
             self._server.close()
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if self._clients >= MOST_CLIENTS:
-            writer.transport.abort()
-            return
-        self._clients += 1
-        try:
-            with contextlib.suppress(OSError, asyncio.IncompleteReadError, ValueError, TimeoutError):
-                async with asyncio.timeout(REQUEST_SECONDS):
-                    head = await read_head(reader)
-                    if head:
-                        writer.write(self._response(head))
-                        writer.write_eof()
-                        await writer.drain()
-                        await reader.read(REQUEST_BYTES)  # closing with unread data would take the answer back
-        finally:
-            self._clients -= 1
-            writer.transport.abort()
+        await self._turns.answer(reader, writer, self._response, MOST_CLIENTS, REQUEST_SECONDS)
 
     def _response(self, head: bytes) -> bytes:
         asked = requested(head)

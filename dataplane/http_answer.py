@@ -1,8 +1,9 @@
 """The little of HTTP/1.1 that answers to health checks take: read a request's head, write one whole message."""
 
 import asyncio
+import contextlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from typing import NamedTuple
 
@@ -34,6 +35,42 @@ async def read_head(reader: asyncio.StreamReader) -> bytes:
         if not line.endswith(b"\n"):
             return b""
     return b""
+
+
+class Turns:
+    """Connections of strangers, each of which gets one answer. Belongs to one event loop."""
+
+    def __init__(self) -> None:
+        self.open = 0
+        """Connections at the moment."""
+
+    async def answer(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        respond: Callable[[bytes], bytes],
+        most: int,
+        seconds: float,
+    ) -> None:
+        """What `respond` makes of the request's head, nothing where that is b"", to one of at most so many at once,
+        who has so many seconds for all of it."""
+        if self.open >= most:
+            writer.transport.abort()
+            return
+        self.open += 1
+        try:
+            with contextlib.suppress(OSError, asyncio.IncompleteReadError, ValueError, TimeoutError):
+                async with asyncio.timeout(seconds):
+                    head = await read_head(reader)
+                    answer = respond(head) if head else b""
+                    if answer:
+                        writer.write(answer)
+                        writer.write_eof()
+                        await writer.drain()
+                        await reader.read(REQUEST_BYTES)  # closing with unread data would take the answer back
+        finally:
+            self.open -= 1
+            writer.transport.abort()
 
 
 def message(status: HTTPStatus, headers: Mapping[str, str], body: bytes, with_body: bool) -> bytes:

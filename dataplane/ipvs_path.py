@@ -52,10 +52,6 @@ def objects(
     return {stage: texts for stage, texts in found.items() if stage in walked.stages()}
 
 
-def _clients(detection: Detection) -> Clients:
-    return Clients(*(getattr(detection, name) for name in Detection.__struct_fields__))
-
-
 def _without_verb(rule: str) -> str:
     return rule.partition(" ")[2]
 

@@ -270,13 +270,7 @@ class IpvsBackend:
 
     def renew(self, options: Options) -> None:
         """Another guard, whose rules the next `prepare` writes; its elements stay."""
-        clients = Clients(
-            options.masquerade_all,
-            options.cluster_cidrs,
-            options.bridge_interface,
-            options.interface_prefix,
-            options.service_cidrs,
-        )
+        clients = Clients.of(options.detection())
         self._detection: Detection = clients
         """How the guard's rules tell clients: these options say, until the kernel's rules have been read."""
         self.guard = Guard(self._netfilter, clients)

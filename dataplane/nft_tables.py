@@ -143,13 +143,7 @@ class NftablesBackend:
 
     def renew(self, options: Options) -> None:
         """Other rules, written by the next `prepare`; the elements stay."""
-        clients = Clients(
-            options.masquerade_all,
-            options.cluster_cidrs,
-            options.bridge_interface,
-            options.interface_prefix,
-            options.service_cidrs,
-        )
+        clients = Clients.of(options.detection())
         self._detection: Detection = clients
         """How the rules tell clients: these options say, until the kernel's rules have been read."""
         self._text = render(_TEXT.read_text(), clients.rules())
@@ -571,11 +565,14 @@ class NftablesBackend:
         entries: dict[VirtualAddress, Entry] = {}
         packets: dict[tuple[VirtualAddress, int], int] = {}
 
+        def entry_at(at: VirtualAddress) -> Entry:
+            found = entries.get(at)
+            if found is None:
+                found = entries[at] = Entry()
+            return found
+
         def entry(key: tuple[Address, int, int], index: int = 0) -> Entry:
-            at = VirtualAddress(key[1], key[0], key[2], index >= lay.INSIDE)
-            if at not in entries:
-                entries[at] = Entry()
-            return entries[at]
+            return entry_at(VirtualAddress(key[1], key[0], key[2], index >= lay.INSIDE))
 
         vips: set[Address] = set()
         hairpins: set[Address] = set()
@@ -600,11 +597,9 @@ class NftablesBackend:
                 address, protocol, port, raw = one.key
                 index = int.from_bytes(raw, _NATIVE)
                 at = VirtualAddress(protocol, address, port, index >= lay.INSIDE)
-                held = entries.get(at)
-                if held is None:
-                    held = entries[at] = Entry()
+                found = entry_at(at)
                 if isinstance(one.data, bytes):
-                    held.endpoints[index] = _target(one.data)
+                    found.endpoints[index] = _target(one.data)
                 packets[at, index] = one.packets
             for one in self._dump(lay.NUMBERS[width]):
                 if isinstance(one.data, bytes):

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Coroutine, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from dataplane.dns import udp_batch
 from dataplane.dns.answers import Answers
 from dataplane.dns.rate_limit import DROP, PASS, TRUNCATE, RateLimit
 from dataplane.dns.records import Rules
-from dataplane.dns.server import Limits
+from dataplane.dns.server import DnsServer, Limits
 from dataplane.dns.service import NameService
 from dataplane.model import Update, parse_address
 from dataplane.tcp_listener import Listen
@@ -382,7 +383,7 @@ def test_a_change_stands_in_answers_when_it_has_been_told(tmp_path: Path) -> Non
     """Told by one thread and answered by another, again and again, with everything prepared."""
     log = Lines()
     answers = Answers(Rules())
-    names = NameService(answers, [Listen("127.0.0.1", 0)], log)
+    names = NameService(partial(DnsServer, answers, [Listen("127.0.0.1", 0)], log), answers, log)
     names.start()
     try:
         (served,) = [fields for event, fields in log.lines if event == "names served"]

@@ -53,7 +53,7 @@ def free_port() -> int:
 
 
 def open_clients(one: HealthResponder) -> int:
-    return one._clients
+    return one._turns.open
 
 
 def retries(one: HealthResponder) -> bool:

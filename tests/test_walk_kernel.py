@@ -13,7 +13,6 @@ import pytest
 
 from bench.isolation import enter_new_namespace
 from dataplane.backend import MODES, Options, open_backend
-from dataplane.explanation import detection_of
 from dataplane.model import disjoint, parse_network
 from dataplane.plan import diff
 from dataplane.walk import Detection
@@ -45,7 +44,7 @@ def play(mode: str, tool: str, share: int) -> int:
             situation = backend.situation()
             if situation.flaws:
                 print(f"{case.name}: {situation.flaws}")
-            wanted = detection_of(agent.configuration(case).options())
+            wanted = agent.configuration(case).options().detection()
             if _sorted(situation.detection) != _sorted(wanted):
                 print(f"{case.name}: the rules say {situation.detection}, written with {wanted}")
             for flow, told, complaints in answers(case, situation):
@@ -114,6 +113,6 @@ def test_how_clients_are_told_is_read_from_the_rules(mode: str) -> None:
             with contextlib.closing(open_backend(mode, Options())) as asked:
                 situation = asked.situation()
                 found = situation.detection
-                assert _sorted(found) == _sorted(detection_of(options))
+                assert _sorted(found) == _sorted(options.detection())
                 assert not situation.flaws
                 asked.remove()

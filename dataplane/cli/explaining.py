@@ -192,7 +192,7 @@ class _Inquiry:
 
     def explain(self, goal: "Goal", source: "Address | None", interface: str | None) -> "Explanation":
         """Everything that is to be said of it."""
-        from ..explanation import Explanation, detection_of, differences, explain_kernel, refused_here, wanted_situation
+        from ..explanation import Explanation, differences, explain_kernel, refused_here, wanted_situation
         from ..model import format_address
         from ..walk import Verdict, walk
 
@@ -209,7 +209,7 @@ class _Inquiry:
             desired = walk(question, wanted)
             if self.held is not None:
                 told = differences(self.held, wanted, at)
-                if self.held.detection != detection_of(chosen) and self.backend.present():
+                if self.held.detection != chosen.detection() and self.backend.present():
                     told.append("rules in the kernel tell clients inside the cluster otherwise than these options")
                 told += self._reasons(at, bool(told))
             if desired.verdict is Verdict.NOT_OURS:

@@ -10,9 +10,13 @@ from .options import (
     FAILED,
     VERBOSE,
     answering_options,
+    cluster_options,
     dns_listen_option,
     emit,
+    manifests_option,
+    open_answers,
     open_cluster,
+    open_dns,
     open_source,
     output_option,
     say_problems,
@@ -30,18 +34,8 @@ if TYPE_CHECKING:
 DEFAULT_LISTEN = ("127.0.0.1:53",)
 _source_options = together(
     click.option("--config", "config_file", metavar="FILE", help="AgentConfiguration file; options here win over it."),
-    click.option(
-        "-f", "--manifests", multiple=True, metavar="PATH", help="Manifest file or directory (YAML, JSON); repeatable."
-    ),
-    click.option(
-        "--kubeconfig", metavar="FILE", help="Instead of manifests: watch the Kubernetes API this file names."
-    ),
-    click.option(
-        "--in-cluster", is_flag=True, default=None, help="Or: watch the Kubernetes API by this pod's service account."
-    ),
-    click.option(
-        "--kubeconfig-exec", is_flag=True, default=None, help="Run the program that a kubeconfig names for credentials."
-    ),
+    manifests_option,
+    cluster_options,
 )
 
 
@@ -80,29 +74,12 @@ def dns(ctx: click.Context, /, config_file: str | None, **given: Any) -> None:
     asyncio.run(_serve(settings, source, log))
 
 
-def _answers(settings: "Configuration") -> "Answers":
-    from ..dns.answers import Answers
-
-    return Answers(settings.dns_rules(), recursive=bool(settings.dns_upstreams))
-
-
 async def _serve(settings: "Configuration", source: "Source", log: "Log") -> None:
     import asyncio
     import signal
 
-    from ..configuration import dns_server
-    from ..dns.server import DnsServer, Limits
-    from ..tcp_listener import parse_listen
-
-    answers = _answers(settings)
-    server = DnsServer(
-        answers,
-        [parse_listen(each) for each in settings.dns_listen or DEFAULT_LISTEN],
-        log,
-        Limits(rate=settings.dns_rate_limit),
-        [dns_server(each) for each in settings.dns_upstreams],
-        log_queries=settings.dns_log_queries,
-    )
+    answers = open_answers(settings)
+    server = open_dns(settings, answers, settings.dns_listen or DEFAULT_LISTEN, log)()
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
@@ -162,7 +139,7 @@ def query(
 
     settings = settle(config_file, given)
     if settings.manifests or settings.kubeconfig or settings.in_cluster:
-        answers = _answers(settings)
+        answers = open_answers(settings)
         _read_once(settings, answers)
         try:
             document = explain(answers, name, qtype, namespace)

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from ..backend import Backend, Options
     from ..configuration import Configuration
     from ..desired import Rules
+    from ..dns.answers import Answers
+    from ..dns.query_log import Log as DnsLog
+    from ..dns.server import DnsServer
     from ..kube_events import EventWriter
     from ..kube_place import Place
     from ..kube_source import KubernetesSource
@@ -147,10 +150,11 @@ common_options = together(
     ),
     verbose_option,
 )
+manifests_option = click.option(
+    "-f", "--manifests", multiple=True, metavar="PATH", help="Manifest file or directory (YAML, JSON); repeatable."
+)
 source_options = together(
-    click.option(
-        "-f", "--manifests", multiple=True, metavar="PATH", help="Manifest file or directory (YAML, JSON); repeatable."
-    ),
+    manifests_option,
     click.option("--node-name", help="This node's name in endpoints; default: the host name, lower-cased."),
     click.option("--zone", help="This node's zone, for topology hints; default: none."),
     click.option("--scheduler", metavar="NAME", help="Scheduler of Services that name none; default rr."),
@@ -316,6 +320,28 @@ def open_kernel(settings: "Configuration") -> "Backend":
     if settings.mode in MODES and not has_net_admin():
         raise NotRoot("the kernel shows and changes Services for root only (CAP_NET_ADMIN)")
     return open_backend(settings.mode, settings.options())
+
+
+def open_answers(settings: "Configuration") -> "Answers":
+    """Answers to names, of nothing so far."""
+    from ..dns.answers import Answers
+
+    return Answers(settings.dns_rules(), recursive=bool(settings.dns_upstreams))
+
+
+def open_dns(
+    settings: "Configuration", answers: "Answers", listens: Sequence[str], log: "DnsLog"
+) -> "Callable[[], DnsServer]":
+    """What makes a server of these answers that does not listen yet."""
+    from functools import partial
+
+    from ..configuration import dns_server
+    from ..dns.server import DnsServer, Limits
+    from ..tcp_listener import parse_listen
+
+    limits, upstreams = Limits(rate=settings.dns_rate_limit), list(map(dns_server, settings.dns_upstreams))
+    where = list(map(parse_listen, listens))
+    return partial(DnsServer, answers, where, log, limits, upstreams, log_queries=settings.dns_log_queries)
 
 
 def open_cluster(settings: "Configuration", log: "Log") -> "tuple[KubernetesSource, EventWriter] | None":

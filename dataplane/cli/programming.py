@@ -24,7 +24,9 @@ from .options import (
     kernel_options,
     make_reconciler,
     metrics_address,
+    open_answers,
     open_cluster,
+    open_dns,
     open_input,
     open_kernel,
     open_source,
@@ -177,21 +179,10 @@ def _open_names(settings: "Configuration", log: Any) -> "NameService | None":
     """What answers names beside the agent; None when the settings name no place for it."""
     if not settings.dns_listen:
         return None
-    from ..configuration import dns_server
-    from ..dns.answers import Answers
-    from ..dns.server import Limits
     from ..dns.service import NameService
-    from ..tcp_listener import parse_listen
 
-    answers = Answers(settings.dns_rules(), recursive=bool(settings.dns_upstreams))
-    return NameService(
-        answers,
-        list(map(parse_listen, settings.dns_listen)),
-        log,
-        Limits(rate=settings.dns_rate_limit),
-        list(map(dns_server, settings.dns_upstreams)),
-        log_queries=settings.dns_log_queries,
-    )
+    answers = open_answers(settings)
+    return NameService(open_dns(settings, answers, settings.dns_listen, log), answers, log)
 
 
 def _keeps(update: "Update", reconciler: "Reconciler", settings: "Configuration") -> "set[VirtualAddress] | None":

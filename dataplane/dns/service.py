@@ -6,18 +6,16 @@ The agent's thread brings changes (`update`), which stand from the moment that r
 import asyncio
 import sys
 import threading
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 from ..errors import DataplaneError
 from ..model import ObjectName, Update
 from ..printable import printable
-from ..tcp_listener import Listen
 from .answers import Answers
 from .explanation import explain
 from .query_log import Log
-from .server import DnsServer, Limits
+from .server import DnsServer
 
 SWITCH_SECONDS = 0.0005
 """After so long in Python a busy agent lets this thread in, ten times as often as by default: while it computes, one
@@ -27,20 +25,19 @@ RETRY_SECONDS = 5.0
 
 
 class NameService:
-    """Names for one agent, from `start` to `close`. Nothing of it raises."""
+    """Names for one agent, from `start` to `close`. Nothing of it raises.
+
+    `make`: a server of these answers, made anew for each try to listen.
+    """
 
     def __init__(
         self,
+        make: Callable[[], DnsServer],
         answers: Answers,
-        listens: Sequence[Listen],
         log: Log,
-        limits: Limits = Limits(),  # noqa: B008 (frozen)
-        upstreams: Sequence[Listen] = (),
-        *,
-        log_queries: bool = False,
     ) -> None:
         self.answers = answers
-        self._make = partial(DnsServer, answers, listens, log, limits, upstreams, log_queries=log_queries)
+        self._make = make
         self._log = log
         self._server: DnsServer | None = None
         self._trouble = ""
