@@ -6,7 +6,6 @@ in it, and so is waking up here. Changes come one at a time, slower than `kube_s
 """
 
 import json
-import os
 import random
 import re
 import select
@@ -25,6 +24,7 @@ from dataplane.netlink_socket import NETLINK_NETFILTER, NetlinkSocket
 from . import workload
 from .end_to_end import Figures
 from .isolation import RunFailed, isolated
+from .process import memory, processor_time, until_told
 from .variants import RULES
 
 WAIT = 120.0
@@ -62,18 +62,18 @@ def _measure(folder: Path, size: int, count: int, chance: random.Random) -> Figu
         with (folder / "log").open("wb") as log:
             agent = subprocess.Popen([sys.executable, "-m", "dataplane", *arguments], stdout=log, stderr=log)
         try:
-            _until(agent, folder / "log", b'"sync"')
+            until_told(agent, folder / "log", b'"sync"', WAIT, 0.001)
             found: Figures = {"start to programmed": ([time.monotonic() - began], "s")}
-            found["start to programmed, processor time"] = [_processor(agent.pid)], "s"
+            found["start to programmed, processor time"] = [processor_time(agent.pid, tools=True)], "s"
             held = open_backend("nftables").observe().servers
             if len(held) != size:
                 raise RunFailed(f"{len(held)} virtual servers of {size}: {(folder / 'log').read_bytes()[-500:]!r}")
             time.sleep(1)
-            resident, _ = _memory(agent.pid)
+            resident, _ = memory(agent.pid)
             found["resident memory"] = [resident], "MiB"
             found["event to kernel"] = _changes(server, size, count, chance), "s"
             found |= _burst(server, agent, folder / "log", min(size, BURST))
-            resident, most = _memory(agent.pid)
+            resident, most = memory(agent.pid)
             found["resident memory after a burst"] = [resident], "MiB"
             found["resident memory, most"] = [most], "MiB"
             return found
@@ -100,7 +100,7 @@ def _burst(server: "subprocess.Popen[str]", agent: "subprocess.Popen[bytes]", lo
     """Many EndpointSlices change at once: until the last is in the kernel, and in how many commits."""
     time.sleep(1)
     told = log.read_bytes().count(b'"cause": "change"')
-    used = _processor(agent.pid)
+    used = processor_time(agent.pid, tools=True)
     before = _added(log)
     sent = _tell(server, f"all {count}")
     while _added(log) - before < count:
@@ -114,7 +114,7 @@ def _burst(server: "subprocess.Popen[str]", agent: "subprocess.Popen[bytes]", lo
         raise RunFailed("the kernel does not hold what the burst says")
     return {
         "burst of changes, until the last is held": ([spent], "s"),
-        "burst of changes, processor time": ([_processor(agent.pid) - used], "s"),
+        "burst of changes, processor time": ([processor_time(agent.pid, tools=True) - used], "s"),
         "burst of changes, commits": ([float(log.read_bytes().count(b'"cause": "change"') - told)], "commits"),
     }
 
@@ -134,23 +134,3 @@ def _tell(server: "subprocess.Popen[str]", line: str) -> float:
     server.stdin.write(line + "\n")
     server.stdin.flush()
     return float(server.stdout.readline())
-
-
-def _until(agent: "subprocess.Popen[bytes]", log: Path, word: bytes) -> None:
-    limit = time.monotonic() + WAIT
-    while word not in log.read_bytes():
-        if agent.poll() is not None or time.monotonic() > limit:
-            raise RunFailed(f"the agent did not get ready: {log.read_bytes()[-2000:].decode(errors='replace')}")
-        time.sleep(0.001)
-
-
-def _processor(pid: int) -> float:
-    """Seconds, with the tools that it has run."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
-
-
-def _memory(pid: int) -> tuple[float, float]:
-    """Resident, and the most that it was, in MiB."""
-    lines = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-    return int(lines["VmRSS"].split()[0]) / 1024, int(lines["VmHWM"].split()[0]) / 1024

@@ -1,8 +1,6 @@
 """The agent itself as a process: memory, CPU while nothing happens, and what a restart writes to the kernel."""
 
 import json
-import os
-import re
 import subprocess
 import sys
 import time
@@ -11,11 +9,13 @@ from tempfile import TemporaryDirectory
 
 from . import workload
 from .isolation import RunFailed, isolated
+from .process import memory, processor_time, until_told
 from .programming import family_id, verify
 from .raw import flush_ipvs
 
 Figures = dict[str, tuple[float, str]]
 """What, and its unit."""
+WAIT = 240.0
 
 
 def run(size: int, idle_seconds: float) -> Figures:
@@ -42,23 +42,22 @@ def _first_start(size: int, path: Path, idle_seconds: float) -> Figures:
     with Path(path.parent, "log").open("wb") as log:
         agent = subprocess.Popen([sys.executable, "-m", "dataplane", *arguments(path)], stdout=log, stderr=log)
     try:
-        _until(agent, path.parent / "log", b'"sync"')
+        until_told(agent, path.parent / "log", b'"sync"', WAIT, 0.05)
         started = time.perf_counter() - began
         verify(size, vips=True)
         time.sleep(2)
-        before = _cpu(agent.pid)
+        before = processor_time(agent.pid, tools=False)
         began = time.perf_counter()
         time.sleep(idle_seconds)
-        idle = (_cpu(agent.pid) - before) / (time.perf_counter() - began)
-        status = Path(f"/proc/{agent.pid}/status").read_text()
-        memory = {name: int(value) / 1024 for name, value in re.findall(r"(VmRSS|VmHWM):\s+(\d+) kB", status)}
+        idle = (processor_time(agent.pid, tools=False) - before) / (time.perf_counter() - began)
+        resident, most = memory(agent.pid)
     finally:
         agent.terminate()
         agent.wait(60)
     return {
         "start to programmed": (started, "s"),
-        "resident memory": (memory["VmRSS"], "MiB"),
-        "resident memory, most": (memory["VmHWM"], "MiB"),
+        "resident memory": (resident, "MiB"),
+        "resident memory, most": (most, "MiB"),
         f"CPU while idle, {idle_seconds:g} s": (100 * idle, "%"),
     }
 
@@ -70,7 +69,7 @@ def _restart(size: int, path: Path) -> Figures:
         command = [sys.executable, "-m", "bench.witness", str(told), *arguments(path)]
         agent = subprocess.Popen(command, stdout=stream, stderr=stream)
     try:
-        _until(agent, log, b'"sync"')
+        until_told(agent, log, b'"sync"', WAIT, 0.05)
     finally:
         agent.terminate()
         agent.wait(60)
@@ -87,16 +86,3 @@ def _restart(size: int, path: Path) -> Figures:
         "restart: programs started": (float(len(seen["programs"])), "programs"),
         "restart: kernel settings written": (float(len(seen["settings"])), "settings"),
     }
-
-
-def _until(process: "subprocess.Popen[bytes]", log: Path, word: bytes, timeout: float = 240.0) -> None:
-    limit = time.monotonic() + timeout
-    while word not in log.read_bytes():
-        if process.poll() is not None or time.monotonic() > limit:
-            raise RunFailed(f"the agent did not get ready: {log.read_bytes()[-2000:].decode(errors='replace')}")
-        time.sleep(0.05)
-
-
-def _cpu(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

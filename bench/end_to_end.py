@@ -20,6 +20,7 @@ from dataplane.model import Address, format_address
 from . import workload
 from .contenders import empty
 from .isolation import RunFailed, isolated
+from .process import memory, processor_time
 from .traffic import connection, prepare, server
 from .variants import Variant
 
@@ -145,15 +146,12 @@ class Agent:
 
     def _memory(self) -> tuple[float, float]:
         assert self._process is not None
-        status = Path(f"/proc/{self._process.pid}/status").read_text()
-        found = dict(re.findall(r"(VmRSS|VmHWM):\s+(\d+) kB", status))
-        return int(found["VmRSS"]) / 1024, int(found["VmHWM"]) / 1024
+        return memory(self._process.pid)
 
     def _cpu(self) -> float:
         """Seconds, with the tools that it has run."""
         assert self._process is not None
-        fields = Path(f"/proc/{self._process.pid}/stat").read_text().rsplit(")", 1)[1].split()
-        return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+        return processor_time(self._process.pid, tools=True)
 
     def failed(self) -> str:
         """Why it is not running, or ""."""
