@@ -66,6 +66,8 @@ def cluster(lane: Lane, folder: Path) -> Iterator[tuple[Topology, NodeAgent]]:
             with node_agent(built.node, folder, *lane.arguments, "--dns", f"{NODE}:53") as agent:
                 agent.write(DNS + WEB)
                 agent.start()
+                ask = ("curl", "-s", "-m", "5", "-o", "/dev/null", "http://127.0.0.1:8080/index.html")
+                eventually("the pod's server", lambda: built.pods[0].ns.run(*ask, check=False).returncode == 0)
                 yield built, agent
         finally:
             server.kill()
